@@ -1,0 +1,1 @@
+"""What crosses the network. numpy, msgspec and cryptography only; see docs/wire.md."""

@@ -1,0 +1,221 @@
+"""The bundle: a signed zip with everything that a device needs to run one model. See docs/wire.md, section 5.
+
+`manifest.json` lists every file with its SHA-256 and size, and `manifest.sig` is an Ed25519 signature over its
+bytes, so the SHA-256 of the manifest names the whole bundle: the model id is its first 16 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from splitward.errors import BundleError, ConfigError
+from splitward.wire.release import ReleaseLaw
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+MAX_FILE_BYTES = 256 << 20
+MAX_FILES = 64
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+Backend = Literal["onnx", "tflite"]
+Precision = Literal["float32", "int8"]
+
+
+class InputSpec(msgspec.Struct, frozen=True):
+    """The frame that the model takes: float32 [channels, height, width], 0 black to 1 white."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of the bundle."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What `manifest.json` holds.
+
+    Attributes
+    ----------
+    client : dict
+        File of the client half by `"{backend}-{precision}"`, such as `"onnx-int8"`.
+    saliency : dict
+        File of the saliency graph by backend, float32 only; empty when the profile has no map.
+    golden : tuple of str
+        Files of one input frame (.npy, float32 [C,H,W]) and of its activation by the float32 client half.
+    defence : dict
+        Profile name and its settings, for people and reports; the device obeys `release`.
+    certificate : dict or None
+        Lower bounds on an attacker's reconstruction error with their assumptions.
+    """
+
+    format: int
+    name: str
+    created_at: str
+    task: str
+    classes: tuple[str, ...]
+    input: InputSpec
+    release: ReleaseLaw
+    client: dict[str, str]
+    saliency: dict[str, str]
+    golden: tuple[str, str]
+    defence: dict[str, Any]
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+    files: dict[str, FileEntry]
+    certificate: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle in memory."""
+
+    manifest: Manifest
+    model: bytes
+    """Model id, 16 bytes."""
+    files: dict[str, bytes]
+
+
+def model_id(manifest_bytes: bytes) -> bytes:
+    """First 16 bytes of the SHA-256 of the manifest's bytes."""
+    return hashlib.sha256(manifest_bytes).digest()[:16]
+
+
+def write_bundle(path: Path, manifest: Manifest, files: dict[str, bytes], key: Ed25519PrivateKey) -> bytes:
+    """Write the signed bundle atomically and return its model id. The same inputs give the same bytes."""
+    entries = {name: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+    text = msgspec.json.encode(msgspec.structs.replace(manifest, files=entries), order="deterministic")
+    partial = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in [(MANIFEST, text), (SIGNATURE, key.sign(text)), *sorted(files.items())]:
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
+    partial.replace(path)
+    return model_id(text)
+
+
+def read_bundle(path: Path, trusted: Ed25519PublicKey) -> Bundle:
+    """Read and verify the bundle at `path`.
+
+    Raises
+    ------
+    BundleError
+        With `.reason`: `unreadable`, `unsigned`, `bad_signature`, `bad_manifest`, `bad_format`, `missing_file`,
+        `extra_file`, `oversize` or `bad_hash`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive, path, trusted)
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise BundleError("unreadable", f"{path}: is not a whole bundle: {error}. Fetch it again.") from error
+
+
+def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bundle:
+    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    if len(sizes) != len(archive.infolist()) or len(sizes) > MAX_FILES:
+        raise BundleError("extra_file", f"{path}: repeats a name or holds over {MAX_FILES} files.")
+    for name in (MANIFEST, SIGNATURE):
+        if name not in sizes:
+            raise BundleError("unsigned", f"{path}: has no {name}; take a bundle made by `splitward export`.")
+    if sizes[MANIFEST] > 1 << 20 or sizes[SIGNATURE] != 64:
+        raise BundleError("bad_manifest", f"{path}: manifest or signature has an impossible size.")
+    text = archive.read(MANIFEST)
+    try:
+        trusted.verify(archive.read(SIGNATURE), text)
+    except InvalidSignature:
+        raise BundleError(
+            "bad_signature",
+            f"{path}: the signature is not by the trusted key. Check `trusted_key`, or who made this bundle.",
+        ) from None
+    try:
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise BundleError("bad_manifest", f"{path}: manifest: {error}.") from error
+    if manifest.format != FORMAT:
+        raise BundleError("bad_format", f"{path}: format {manifest.format}; this version reads {FORMAT}.")
+    extra = set(sizes) - set(manifest.files) - {MANIFEST, SIGNATURE}
+    if extra:
+        raise BundleError("extra_file", f"{path}: holds {sorted(extra)}, which the manifest does not list.")
+    return Bundle(
+        manifest,
+        model_id(text),
+        {name: _read_file(archive, path, name, sizes, manifest) for name in manifest.files},
+    )
+
+
+def _read_file(
+    archive: zipfile.ZipFile, path: Path, name: str, sizes: dict[str, int], manifest: Manifest
+) -> bytes:
+    entry = manifest.files[name]
+    if name not in sizes:
+        raise BundleError("missing_file", f"{path}: {name} is listed but not there. Fetch the bundle again.")
+    if sizes[name] != entry.size or entry.size > MAX_FILE_BYTES:
+        raise BundleError(
+            "oversize", f"{path}: {name} declares {sizes[name]} bytes, the manifest {entry.size}."
+        )
+    data = archive.read(name)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise BundleError("bad_hash", f"{path}: {name} differs from what was signed. Fetch the bundle again.")
+    return data
+
+
+def create_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Create a signing key at `path` (PEM, mode 0600) and its public key at `path` + `.pub`."""
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+    public_key_path(path).write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return key
+
+
+def public_key_path(path: Path) -> Path:
+    """Where the public half of the signing key at `path` lies."""
+    return path.with_name(path.name + ".pub")
+
+
+def read_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Signing key at `path`; `ConfigError` when it is not an Ed25519 private key."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: is not a signing key: {error}. Make one with `splitward keygen`."
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"{path}: is not an Ed25519 key. Make one with `splitward keygen`.")
+    return key
+
+
+def read_trusted_key(path: Path) -> Ed25519PublicKey:
+    """Public key at `path`; `ConfigError` when it is not an Ed25519 public key."""
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: is not a public key: {error}. `trusted_key` is the .pub file beside the signing key."
+        ) from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"{path}: is not an Ed25519 public key.")
+    return key

@@ -1,0 +1,86 @@
+"""Control messages: JSON, decoded into typed structs. docs/wire.md lists their fields."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from splitward.errors import MessageError
+
+MAX_BYTES = 64 * 1024
+
+STREAMS = ("attacked", "recovered", "fused")
+"""The three streams of the server half, in this order everywhere."""
+
+
+class Result(msgspec.Struct, frozen=True, tag="result", tag_field="type"):
+    """The cloud's answer to one frame. It was committed to the store before it was sent.
+
+    `class_index` and `scores` are of the decision fusion; `streams` holds each stream's own class index.
+    """
+
+    boot: str
+    sequence: int
+    model: str
+    class_index: int
+    class_name: str
+    scores: tuple[float, ...]
+    streams: dict[str, int]
+    captured_at_ns: int
+    stored_at_ns: int
+
+
+class Refusal(msgspec.Struct, frozen=True, tag="refusal", tag_field="type"):
+    """The cloud will never answer this frame; the device drops it and counts `reason`."""
+
+    boot: str
+    sequence: int
+    reason: str
+    message: str
+
+
+class Status(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+    """What a device says of itself, retained. `state` is `offline` in the last will."""
+
+    state: Literal["online", "offline"]
+    version: str = ""
+    model: str = ""
+    model_name: str = ""
+    runtime: str = ""
+    at_ns: int = 0
+    queued: int = 0
+    captured: int = 0
+    sent: int = 0
+    results: int = 0
+    dropped: dict[str, int] = {}
+
+
+_T = TypeVar("_T")
+_encoder = msgspec.json.Encoder()
+_reply: msgspec.json.Decoder[Result | Refusal] = msgspec.json.Decoder(Result | Refusal)
+_status = msgspec.json.Decoder(Status)
+
+
+def encode_control(message: Result | Refusal | Status) -> bytes:
+    """JSON bytes of a control message."""
+    return _encoder.encode(message)
+
+
+def decode_reply(payload: bytes) -> Result | Refusal:
+    """Result or refusal held by `payload`; `MessageError` (`bad_json`, `oversize`) when it holds neither."""
+    return _decode(payload, _reply)
+
+
+def decode_status(payload: bytes) -> Status:
+    """Status held by `payload`; `MessageError` (`bad_json`, `oversize`) when it holds none."""
+    return _decode(payload, _status)
+
+
+def _decode(payload: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
+    if len(payload) > MAX_BYTES:
+        raise MessageError("oversize", f"control message of {len(payload)} bytes; {MAX_BYTES} are allowed.")
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise MessageError("bad_json", f"control message refused: {error}.") from error

@@ -1,0 +1,168 @@
+"""The binary message that carries one activation, as docs/wire.md specifies it byte by byte.
+
+Decoding checks everything before it believes anything: length, magic, CRC-32, version, codes, the product of
+the shape against a cap (before any allocation), the payload's length, and that every value is finite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitward.errors import MessageError
+
+MAGIC = b"SWRD"
+VERSION = 1
+KIND_ACTIVATION = 1
+CODEC_RAW = 0
+DTYPES: dict[int, np.dtype[np.generic]] = {0: np.dtype("<f4"), 1: np.dtype("i1")}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_DIMENSIONS = 4
+MAX_VALUES = 1 << 22
+"""Most values one message may carry: 16 MiB of float32."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What a site or a device may be called: it is part of a topic and of a certificate."""
+
+_FIXED = struct.Struct("<4sBBHBBBB16sQQ16sfiI")
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One released tensor and what the cloud needs to know of it.
+
+    Attributes
+    ----------
+    device : str
+        Device id, matching `NAME`; must equal the topic's.
+    boot : bytes
+        16 random bytes, new at every start of the agent with a new spool.
+    sequence : int
+        Counts frames within a boot, from 0. (device, boot, sequence) names a frame for ever.
+    captured_at_ns : int
+        Capture time in nanoseconds of UTC since 1970.
+    model : bytes
+        Model id: first 16 bytes of the bundle's SHA-256.
+    values : ndarray
+        float32 or int8, 1 to 4 dimensions, C order.
+    scale, zero_point : float, int
+        `real = (values - zero_point) * scale` for int8; 1.0 and 0 for float32.
+    """
+
+    device: str
+    boot: bytes
+    sequence: int
+    captured_at_ns: int
+    model: bytes
+    values: NDArray[np.generic]
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+def encode(activation: Activation) -> bytes:
+    """Bytes of the message.
+
+    Raises
+    ------
+    MessageError
+        A field is outside the format: name, dtype, shape, identifier length, or a value that is not finite.
+    """
+    values = activation.values
+    code = DTYPE_CODES.get(values.dtype)
+    if code is None:
+        raise MessageError("bad_dtype", f"dtype {values.dtype} has no code; send float32 or int8.")
+    _check_shape(values.shape)
+    if code == 0 and not np.isfinite(values).all():
+        raise MessageError("not_finite", "the activation holds NaN or infinity; it is not sent.")
+    if not NAME.fullmatch(activation.device):
+        raise MessageError("bad_device", f"device id {activation.device!r} must match {NAME.pattern}.")
+    if len(activation.boot) != 16 or len(activation.model) != 16:
+        raise MessageError("bad_identifier", "boot id and model id are 16 bytes each.")
+    device = activation.device.encode("ascii")
+    payload = values.tobytes()
+    header = (
+        _FIXED.pack(
+            MAGIC,
+            VERSION,
+            KIND_ACTIVATION,
+            _FIXED.size + 4 * values.ndim + 1 + len(device),
+            CODEC_RAW,
+            code,
+            values.ndim,
+            0,
+            activation.boot,
+            activation.sequence,
+            activation.captured_at_ns,
+            activation.model,
+            activation.scale,
+            activation.zero_point,
+            len(payload),
+        )
+        + struct.pack(f"<{values.ndim}I", *values.shape)
+        + bytes((len(device),))
+        + device
+    )
+    body = header + payload
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode(message: bytes) -> Activation:
+    """Activation held by `message`; its values are a read-only view of the bytes.
+
+    Raises
+    ------
+    MessageError
+        Anything is not as docs/wire.md says; `.reason` names the rule.
+    """
+    if len(message) < _FIXED.size + _CRC.size:
+        raise MessageError("truncated", f"{len(message)} bytes are shorter than a header.")
+    if message[:4] != MAGIC:
+        raise MessageError("bad_magic", f"starts with {message[:4]!r}, not {MAGIC!r}.")
+    end = len(message) - _CRC.size
+    if zlib.crc32(memoryview(message)[:end]) != _CRC.unpack_from(message, end)[0]:
+        raise MessageError("bad_crc", "the CRC-32 does not match: the message was damaged or cut.")
+    (_, version, kind, header_bytes, codec, code, ndim, flags, boot, sequence, captured_at_ns, model, scale,
+     zero_point, payload_bytes) = _FIXED.unpack_from(message)  # fmt: skip
+    if version != VERSION:
+        raise MessageError("bad_version", f"version {version}; this end speaks {VERSION}.")
+    if kind != KIND_ACTIVATION or codec != CODEC_RAW or flags != 0:
+        raise MessageError("bad_code", f"kind {kind}, codec {codec}, flags {flags} are not known here.")
+    dtype = DTYPES.get(code)
+    if dtype is None:
+        raise MessageError("bad_dtype", f"dtype code {code} is not known here.")
+    if not 1 <= ndim <= MAX_DIMENSIONS:
+        raise MessageError("bad_shape", f"{ndim} dimensions; 1 to {MAX_DIMENSIONS} are allowed.")
+    names_at = _FIXED.size + 4 * ndim
+    if names_at >= end or header_bytes != names_at + 1 + message[names_at]:
+        raise MessageError("bad_header", f"header length {header_bytes} disagrees with its own fields.")
+    if header_bytes + payload_bytes != end:
+        raise MessageError("bad_length", f"payload of {payload_bytes} bytes does not fill the message.")
+    shape = struct.unpack_from(f"<{ndim}I", message, _FIXED.size)
+    count = _check_shape(shape)
+    if count * dtype.itemsize != payload_bytes:
+        raise MessageError("bad_shape", f"shape {shape} of {dtype} does not fill {payload_bytes} bytes.")
+    device = message[names_at + 1 : header_bytes].decode("ascii", errors="replace")
+    if not NAME.fullmatch(device):
+        raise MessageError("bad_device", f"device id {device!r} must match {NAME.pattern}.")
+    if not (math.isfinite(scale) and scale > 0) or not -128 <= zero_point <= 127:
+        raise MessageError("bad_quantisation", f"scale {scale}, zero point {zero_point} are out of range.")
+    values = np.frombuffer(message, dtype, count, header_bytes).reshape(shape)
+    if code == 0 and not np.isfinite(values).all():
+        raise MessageError("not_finite", "the activation holds NaN or infinity.")
+    return Activation(device, boot, sequence, captured_at_ns, model, values, scale, zero_point)
+
+
+def _check_shape(shape: tuple[int, ...]) -> int:
+    """Product of `shape`, in Python integers that cannot overflow, checked against the caps."""
+    if not 1 <= len(shape) <= MAX_DIMENSIONS:
+        raise MessageError("bad_shape", f"{len(shape)} dimensions; 1 to {MAX_DIMENSIONS} are allowed.")
+    count = math.prod(shape)
+    if not 1 <= count <= MAX_VALUES:
+        raise MessageError("oversize", f"shape {shape} holds {count} values; 1 to {MAX_VALUES} are allowed.")
+    return count

@@ -1,0 +1,19 @@
+"""Affine int8 quantisation of a tensor: `real = (stored - zero_point) * scale`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def quantise(real: NDArray[np.floating], scale: float, zero_point: int = 0) -> NDArray[np.int8]:
+    """Nearest int8 values (ties to even), saturating at -127 and 127 so that the range is symmetric."""
+    stored: NDArray[np.int8] = np.clip(np.rint(real / scale) + zero_point, -127, 127).astype(np.int8)
+    return stored
+
+
+def dequantise(stored: NDArray[np.generic], scale: float, zero_point: int = 0) -> NDArray[np.float32]:
+    """float32 values; float32 input is returned as it is."""
+    if stored.dtype == np.float32:
+        return stored  # type: ignore[return-value]  # narrowed by the line above
+    return (stored.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)

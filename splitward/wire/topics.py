@@ -1,0 +1,57 @@
+"""MQTT topics `splitward/v1/{site}/{device}/{activation|result|status|command|bundle}`, one function each."""
+
+from __future__ import annotations
+
+from splitward.errors import WireError
+from splitward.wire.message import NAME
+
+ROOT = "splitward/v1"
+
+
+def activation(site: str, device: str) -> str:
+    """Device to cloud: released tensors."""
+    return f"{ROOT}/{site}/{device}/activation"
+
+
+def result(site: str, device: str) -> str:
+    """Cloud to device: results and refusals."""
+    return f"{ROOT}/{site}/{device}/result"
+
+
+def status(site: str, device: str) -> str:
+    """Device to cloud, retained: what the device is and does; its last will says offline."""
+    return f"{ROOT}/{site}/{device}/status"
+
+
+def command(site: str, device: str) -> str:
+    """Cloud to device: operator's commands."""
+    return f"{ROOT}/{site}/{device}/command"
+
+
+def bundle(site: str, device: str) -> str:
+    """Cloud to device, retained: announces the bundle that the device should run."""
+    return f"{ROOT}/{site}/{device}/bundle"
+
+
+def every_activation(group: str) -> str:
+    """Filter of the shared subscription by which the workers of `group` divide all activations."""
+    return f"$share/{group}/{ROOT}/+/+/activation"
+
+
+def every_status() -> str:
+    """Filter for the status of every device."""
+    return f"{ROOT}/+/+/status"
+
+
+def parse(topic: str) -> tuple[str, str, str]:
+    """Site, device and kind of a `topic`.
+
+    Raises
+    ------
+    WireError
+        The topic is not one of ours (`bad_topic`).
+    """
+    parts = topic.split("/")
+    if len(parts) != 5 or "/".join(parts[:2]) != ROOT or not all(NAME.fullmatch(part) for part in parts[2:4]):
+        raise WireError("bad_topic", f"topic {topic!r} is not {ROOT}/SITE/DEVICE/KIND.")
+    return parts[2], parts[3], parts[4]
