@@ -1,0 +1,1 @@
+"""The cloud service: consumes activations, answers with results, keeps them, and shows them."""

@@ -1,0 +1,1 @@
+"""The training loop, on one machine; its run folder is what `export` and `audit` take."""

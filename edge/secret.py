@@ -1,0 +1,41 @@
+"""The device's secret: 32 random bytes that key the noise of every release and never leave the device."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from splitward.errors import ConfigError
+from splitward.wire.release import SECRET_BYTES
+
+
+def load_secret(path: Path) -> bytes:
+    """Secret at `path`, created with mode 0600 when there is none.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or written, has another length, or others may read it.
+    """
+    try:
+        if not path.exists():
+            _create(path)
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"{path}: others may read the device's secret. Run `chmod 600 {path}`.")
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. The agent keeps the device's secret there.") from error
+    if len(secret) != SECRET_BYTES:
+        raise ConfigError(f"{path}: holds {len(secret)} bytes, not {SECRET_BYTES}. Remove it for a new secret.")
+    return secret
+
+
+def _create(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_name(path.name + ".partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())  # a secret that a power cut empties would stop the device for good
+    partial.replace(path)

@@ -1,0 +1,59 @@
+"""`python -m firmware_sim`: simulated devices from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from firmware_sim.fleet import FleetConfig, format_report, run_fleet
+from splitward.config import build_config, read_config
+from splitward.errors import SplitwardError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when nothing was lost and nothing came twice, else 1; 2 after an error."""
+    options = vars(_parser().parse_args(arguments))
+    source, out = options.pop("config"), options.pop("out")
+    try:
+        config = FleetConfig() if source is None else read_config(source, FleetConfig)
+        report = run_fleet(build_config(_overlay(config, options), FleetConfig, where="flags"))
+        print(format_report(report))
+        if out is not None:
+            out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    except (SplitwardError, OSError) as error:
+        print(f"firmware_sim: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.complete else 1
+
+
+def _overlay(config: FleetConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Values of `config` with the flags that were given on top."""
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    given = {key: value for key, value in options.items() if value is not None}
+    values["broker"] |= {key: given.pop(key) for key in ("host", "port") if key in given}
+    return values | given
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="firmware_sim", description="Simulated devices of Splitward.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fleet = commands.add_parser("fleet", help="run devices on recorded frames and count what became of them")
+    fleet.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the flags below override it")
+    fleet.add_argument("--devices", type=int, metavar="N")
+    fleet.add_argument("--frames", metavar="FILE.npz")
+    fleet.add_argument("--share", choices=("split", "same"), help="deal the frames out, or give all to each")
+    fleet.add_argument("--variants", type=lambda text: text.split(","), metavar="onnx-float32,tflite-int8,...")
+    fleet.add_argument("--bundle", metavar="FILE")
+    fleet.add_argument("--trusted-key", metavar="FILE")
+    fleet.add_argument("--folder", metavar="FOLDER", help="where the devices live")
+    fleet.add_argument("--rate-hz", type=float, metavar="HZ", help="0: as fast as results come")
+    fleet.add_argument("--timeout-s", type=float, metavar="S")
+    fleet.add_argument("--host", metavar="HOST")
+    fleet.add_argument("--port", type=int, metavar="PORT")
+    fleet.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    return parser

@@ -1,0 +1,212 @@
+"""The two halves of the network (sections IV-B to IV-E), small and residual.
+
+Client half: frame (and map) -> activation. Server half: activation -> attacked, recovered and fused stream ->
+three classifiers -> decision. Only the fused stream's gradient reaches the client half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from splitward.method.downsample import FACTOR, fold_stem, space_to_depth, with_map
+from splitward.method.fusion import INITIAL_WEIGHTS, ConvolutionSum, decision_fusion
+from splitward.method.recovery import MU, Recovery
+from splitward.method.sealing import Bottleneck
+
+Size = Literal["small", "residual"]
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Everything from which both halves are built; stored beside the weights.
+
+    Attributes
+    ----------
+    size : "small" or "residual"
+        The paper's small network (three convolutions and one dense layer a stream, cut after the second
+        convolution) for 28x28, or a residual one for 64 to 224 pixels whose server half is much heavier.
+    channels, side, classes : int
+        Frames are [channels, side, side]; `side` is a multiple of 4.
+    mapped : bool
+        Whether the client half takes the map.
+    sealed_values : int
+        Values of the bottleneck; 0 releases the whole activation.
+    recovery : "svt" or "low_rank_sparse"
+    mu : float
+        Relaxation of the recovery.
+    """
+
+    size: Size
+    channels: int
+    side: int
+    classes: int
+    mapped: bool
+    sealed_values: int = 0
+    recovery: str = "low_rank_sparse"
+    mu: float = MU
+
+    def __post_init__(self) -> None:
+        if self.side % 4 or self.side < 8:
+            raise ValueError(f"frames of {self.side} pixels: the side must be a multiple of 4, at least 8.")
+
+    @property
+    def activation_shape(self) -> tuple[int, int, int]:
+        """Shape of the activation at the cut, before any bottleneck: [K, h, w]."""
+        return (
+            (16, self.side // 2, self.side // 2)
+            if self.size == "small"
+            else (32, self.side // 4, self.side // 4)
+        )
+
+    @property
+    def release_shape(self) -> tuple[int, ...]:
+        """Shape of what is released."""
+        return (self.sealed_values,) if self.sealed_values else self.activation_shape
+
+    @property
+    def server_shape(self) -> tuple[int, int, int]:
+        """Shape on which the server half works: the activation, or what it expands sealed values to."""
+        if not self.sealed_values:
+            return self.activation_shape
+        return (8, 7, 7) if self.size == "small" else (16, 8, 8)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, inputs, h, w] to [B, outputs, h/stride, w/stride]."""
+        return F.relu(self.body(hidden) + self.shortcut(hidden))
+
+
+class ClientHalf(nn.Module):
+    """The half on the device: [B, C, H, W], or [B, 2C, H, W] with the map, to [B, *release_shape].
+
+    With a bottleneck its output is bounded to -1..1; noise and quantisation follow outside.
+    """
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.folded: nn.Conv2d | None = None
+        cells = FACTOR * FACTOR * settings.channels + (1 if settings.mapped else 0)
+        self.stem = nn.Conv2d(cells, 16, 3, padding=1)
+        self.body: nn.Module = (
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+            if settings.size == "small"
+            else ResidualBlock(16, 32, stride=2)
+        )
+        self.bottleneck = (
+            Bottleneck(settings.activation_shape, settings.sealed_values) if settings.sealed_values else None
+        )
+
+    def forward(self, frame: Tensor) -> Tensor:
+        """Activation of the (attacked) frame."""
+        hidden = self.body(F.relu(self._stem(frame)))
+        return self.bottleneck(hidden) if self.bottleneck is not None else hidden
+
+    def _stem(self, frame: Tensor) -> Tensor:
+        if self.folded is not None:
+            return self.folded(frame)
+        if not self.settings.mapped:
+            return self.stem(space_to_depth(frame))
+        attacked, saliency_map = frame.chunk(2, dim=1)
+        return self.stem(with_map(attacked, saliency_map))
+
+    def fold(self) -> None:
+        """Fold space to depth, map and stem into one strided convolution, for export."""
+        self.folded = fold_stem(self.stem, self.settings.channels, self.settings.mapped)
+
+
+class StreamOutputs(NamedTuple):
+    """Logits of the three streams and the decision's scores, which sum to 1: [B, classes] each."""
+
+    attacked: Tensor
+    recovered: Tensor
+    fused: Tensor
+    decision: Tensor
+
+
+class ServerHalf(nn.Module):
+    """The half in the cloud: [B, *release_shape] to `StreamOutputs`."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        channels, height, width = settings.server_shape
+        self.expand = (
+            nn.Linear(settings.sealed_values, channels * height * width) if settings.sealed_values else None
+        )
+        self.recovery = Recovery(settings.recovery, settings.mu)
+        self.fusion = ConvolutionSum(channels)
+        self.attacked = _stream(settings)
+        self.recovered = _stream(settings)
+        self.fused = _stream(settings)
+        self.register_buffer("weights", torch.tensor(_dealt(INITIAL_WEIGHTS)))
+
+    def forward(self, released: Tensor) -> StreamOutputs:
+        """All three streams and their decision.
+
+        The attacked and the recovered stream read detached activations: in training, only the fused stream's
+        gradient passes the cut (section IV).
+        """
+        u = released
+        if self.expand is not None:
+            u = self.expand(released).view(-1, *self.settings.server_shape)
+        v = self.recovery(u)
+        logits = (self.attacked(u.detach()), self.recovered(v.detach()), self.fused(self.fusion(u, v)))
+        scores = torch.stack([stream.softmax(1) for stream in logits], dim=1)
+        return StreamOutputs(*logits, decision_fusion(scores, self.get_buffer("weights")))
+
+
+def _dealt(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """The paper's weights are ordered recovered, fused, attacked; our streams attacked, recovered, fused."""
+    recovered, fused, attacked = weights
+    return (attacked, recovered, fused)
+
+
+def _stream(settings: NetworkSettings) -> nn.Sequential:
+    """One stream's classifier."""
+    channels, height, _ = settings.server_shape
+    if settings.size == "small":
+        stride = 1 if settings.sealed_values else 2
+        side = -(-height // stride)
+        return nn.Sequential(
+            nn.Conv2d(channels, 64, 3, stride, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * side * side, settings.classes),
+        )
+    blocks: list[nn.Module] = []
+    inputs = channels
+    for outputs, stride in ((64, 1), (128, 2), (256, 2)):
+        blocks += [ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs)]
+        inputs = outputs
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, settings.classes))
+
+
+def settings_to_dict(settings: NetworkSettings) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return asdict(settings)
+
+
+def build_server(network: dict[str, Any]) -> ServerHalf:
+    """Server half from `settings_to_dict`'s values; `ValueError` or `TypeError` when they do not fit."""
+    return ServerHalf(NetworkSettings(**network))

@@ -1,0 +1,93 @@
+"""What a training run is: data, defence and schedule; `run.json` stores it, so that a run can be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from splitward.data import Dataset
+from splitward.errors import TrainingError
+from splitward.method.halves import NetworkSettings
+from splitward.method.split import DEFENCES, DefenceSettings, SplitSettings
+from splitward.wire.release import ReleaseLaw
+
+SMALL_SIDE = 32
+"""Frames up to this side get the paper's small network, larger ones the residual one."""
+RESIDUAL_VALUES = 64
+"""Bottleneck of `sealed` for the residual network, whose frames and tasks are larger."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One training run.
+
+    Attributes
+    ----------
+    data, task, size : str, str or None, int or None
+        As `splitward.data.open_dataset` takes them.
+    split : SplitSettings
+    epochs, batch : int
+    learning_rate, weight_decay : float
+        Of AdamW under a one-cycle schedule.
+    seed : int
+    """
+
+    data: str
+    task: str | None
+    size: int | None
+    split: SplitSettings
+    epochs: int
+    batch: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> RunSettings:
+        """Inverse of `to_dict`; `TypeError` or `KeyError` when the values do not fit."""
+        return RunSettings(**{**values, "split": SplitSettings.from_dict(values["split"])})
+
+
+def split_settings(dataset: Dataset, profile: str, **changes: Any) -> SplitSettings:
+    """Network and defence for `dataset` under the profile; `changes` replace fields of the defence.
+
+    Raises
+    ------
+    TrainingError
+        The profile is not known, or the frames do not fit a network.
+    """
+    if profile not in DEFENCES:
+        raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(DEFENCES)}.")
+    _, channels, height, width = dataset.train.images.shape
+    if height != width:
+        raise TrainingError(f"{dataset.name}: frames of {height}x{width}; give --size to make them square.")
+    small = height <= SMALL_SIDE
+    defence = DEFENCES[profile]
+    if defence.values and not small:
+        defence = replace(defence, values=RESIDUAL_VALUES)
+    defence = replace(defence, **changes)
+    try:
+        network = NetworkSettings(
+            size="small" if small else "residual",
+            channels=channels,
+            side=height,
+            classes=len(dataset.classes),
+            mapped=defence.map is not None,
+            sealed_values=defence.values,
+            recovery="low_rank_sparse" if profile == "sealed" else "svt",
+        )
+    except ValueError as error:
+        raise TrainingError(f"{dataset.name}: {error} Give another --size.") from error
+    law = release_law(network, defence)
+    return SplitSettings(network, defence, law.bound, law.scale)
+
+
+def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLaw:
+    """The law under which a device releases what this network makes."""
+    if defence.values:
+        return ReleaseLaw(network.release_shape, "int8", 1.0, defence.sigma)
+    return ReleaseLaw(network.release_shape, "float32")

@@ -1,0 +1,151 @@
+"""The cloud's transport on real brokers: nothing acknowledged early, nothing lost at a reconnect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import gmqtt
+import pytest
+
+from cloud.config import BrokerConfig
+from cloud.errors import TransportError
+from cloud.transport import Delivery, GmqttTransport
+from splitward.wire import topics
+
+pytestmark = pytest.mark.anyio
+TOPIC = topics.activation("ward", "pi-1")
+REPLIES = topics.result("ward", "pi-1")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=["mosquitto", "embedded_broker"])
+def broker(request):
+    return request.getfixturevalue(request.param)
+
+
+@asynccontextmanager
+async def transport_to(broker, **changes) -> AsyncIterator[tuple[GmqttTransport, asyncio.Queue[Delivery]]]:
+    """Connected transport, and the queue of what it delivers."""
+    transport = GmqttTransport(BrokerConfig(host=broker.host, port=broker.port, **changes))
+    inbox: asyncio.Queue[Delivery] = asyncio.Queue()
+    await transport.start(inbox.put)
+    await until(lambda: transport.connected)
+    try:
+        yield transport, inbox
+    finally:
+        await transport.stop()
+
+
+@asynccontextmanager
+async def device_at(broker) -> AsyncIterator[tuple[gmqtt.Client, asyncio.Queue[bytes]]]:
+    """A device's connection, subscribed to its results."""
+    client, replies = gmqtt.Client("pi-1"), asyncio.Queue()
+    subscribed = asyncio.Event()
+    client.on_message = lambda _client, _topic, payload, _qos, _properties: replies.put_nowait(payload)
+    client.on_subscribe = lambda *_: subscribed.set()
+    await client.connect(broker.host, broker.port)
+    client.subscribe(REPLIES, qos=1)
+    await asyncio.wait_for(subscribed.wait(), 5)
+    try:
+        yield client, replies
+    finally:
+        await client.disconnect()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def send_until_delivered(device, inbox, payload: bytes) -> Delivery:
+    """Publish until a subscription is there to take it, as a device does with its spool."""
+    async with asyncio.timeout(15):
+        while True:
+            device.publish(TOPIC, payload, qos=1)
+            try:
+                return await asyncio.wait_for(inbox.get(), 0.5)
+            except TimeoutError:
+                continue
+
+
+async def test_what_is_unacknowledged_comes_again_after_a_reconnect(broker):
+    async with device_at(broker) as (device, _):
+        async with transport_to(broker) as (transport, inbox):
+            transport.acknowledge(await send_until_delivered(device, inbox, b"done"))
+            device.publish(TOPIC, b"open", qos=1)
+            assert (await asyncio.wait_for(inbox.get(), 5)).payload == b"open"
+        async with transport_to(broker) as (transport, inbox):
+            again = await asyncio.wait_for(inbox.get(), 5)
+            assert again.payload == b"open"
+            transport.acknowledge(again)
+
+
+async def test_replies_beyond_the_brokers_receive_maximum_all_arrive(broker):
+    async with device_at(broker) as (_, replies), transport_to(broker) as (transport, _inbox):
+        for number in range(300):
+            await transport.publish(REPLIES, b"%d" % number)
+        received = [await asyncio.wait_for(replies.get(), 5) for _ in range(300)]
+    assert {int(payload) for payload in received} == set(range(300))
+
+
+async def test_it_goes_on_after_the_broker_restarts(broker):
+    async with transport_to(broker) as (transport, inbox):
+        async with device_at(broker) as (device, _):
+            held = await send_until_delivered(device, inbox, b"before")
+        broker.stop()
+        await until(lambda: not transport.connected)
+        with pytest.raises(TransportError, match="was not sent"):
+            await transport.publish(REPLIES, b"lost")
+        broker.start()
+        await until(lambda: transport.connected)
+        transport.acknowledge(held)  # of a connection that is gone: must not disturb this one
+        async with device_at(broker) as (device, replies):
+            transport.acknowledge(await send_until_delivered(device, inbox, b"after"))
+            await transport.publish(REPLIES, b"reply")
+            assert await asyncio.wait_for(replies.get(), 5) == b"reply"
+
+
+async def test_it_waits_for_a_broker_that_is_not_there_yet(broker):
+    broker.stop()
+    transport = GmqttTransport(BrokerConfig(host=broker.host, port=broker.port))
+    await transport.start(asyncio.Queue().put)
+    assert not transport.connected
+    broker.start()
+    await until(lambda: transport.connected)
+    await transport.stop()
+
+
+async def test_no_more_is_in_flight_than_the_configuration_allows(mosquitto):
+    async with (
+        device_at(mosquitto) as (device, _),
+        transport_to(mosquitto, max_in_flight=4) as (transport, inbox),
+    ):
+        deliveries = [await send_until_delivered(device, inbox, b"first")]
+        for number in range(20):
+            device.publish(TOPIC, b"%d" % number, qos=1)
+        deliveries += [await asyncio.wait_for(inbox.get(), 5) for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(inbox.get(), 0.3)
+        for delivery in deliveries:
+            transport.acknowledge(delivery)
+        assert await asyncio.wait_for(inbox.get(), 5)
+
+
+async def test_after_unsubscribing_nothing_more_comes_and_replies_still_leave(broker):
+    async with device_at(broker) as (device, replies), transport_to(broker) as (transport, inbox):
+        transport.acknowledge(await send_until_delivered(device, inbox, b"first"))
+        while not inbox.empty():
+            transport.acknowledge(inbox.get_nowait())
+        await transport.unsubscribe()
+        await transport.publish(REPLIES, b"last")  # the broker handles packets in their order
+        assert await asyncio.wait_for(replies.get(), 5) == b"last"
+        device.publish(TOPIC, b"late", qos=1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(inbox.get(), 0.3)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from cloud.__main__ import main
+from cloud.config import BrokerConfig, CloudConfig, TlsConfig, read_cloud_config
+from cloud.transport import GmqttTransport
+from splitward.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_text(text: str):
+        path = tmp_path / "cloud.toml"
+        path.write_text(text)
+        return path
+
+    return write_text
+
+
+def test_defaults(write):
+    config = read_cloud_config(write('models = ["a.server.json"]'))
+    assert config == CloudConfig(models=("a.server.json",))
+    assert config.broker.client_id
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "cloud.example"])  # noqa: S104  # refused
+def test_an_api_beyond_loopback_is_refused(write, host):
+    with pytest.raises(ConfigError, match=r"api\.host .* loopback"):
+        read_cloud_config(write(f'models = []\n[api]\nhost = "{host}"'))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_is_accepted(write, host):
+    assert read_cloud_config(write(f'models = []\n[api]\nhost = "{host}"')).api.host == host
+
+
+def test_half_a_key_pair_is_refused(write):
+    with pytest.raises(ConfigError, match="cert and key together"):
+        read_cloud_config(write('models = []\n[broker.tls]\nca = "ca.pem"\ncert = "cert.pem"'))
+
+
+def test_a_certificate_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"broker\.tls"):
+        GmqttTransport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
+
+
+@pytest.mark.parametrize("text", ["", "models = 3", "models = []\n[batch]\nmax_sise = 3"])
+def test_a_wrong_file_is_refused(write, text):
+    with pytest.raises(ConfigError):
+        read_cloud_config(write(text))
+
+
+def test_the_command_exits_with_2_and_says_why(write, capsys):
+    assert main(["--config", str(write('models = ["missing.server.json"]'))]) == 2
+    assert "missing.server.json" in capsys.readouterr().err
