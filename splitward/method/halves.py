@@ -6,7 +6,7 @@ three classifiers -> decision. Only the fused stream's gradient reaches the clie
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -202,11 +202,6 @@ def _stream(settings: NetworkSettings) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, settings.classes))
 
 
-def settings_to_dict(settings: NetworkSettings) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return asdict(settings)
-
-
 def build_server(network: dict[str, Any]) -> ServerHalf:
-    """Server half from `settings_to_dict`'s values; `ValueError` or `TypeError` when they do not fit."""
+    """Server half from the fields of `NetworkSettings`; `ValueError` or `TypeError` when they do not fit."""
     return ServerHalf(NetworkSettings(**network))

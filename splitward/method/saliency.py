@@ -109,11 +109,23 @@ class LocalClassifier(nn.Module):
             reversed(list(self.convolutions)), reversed(activations), reversed(below), strict=True
         ):
             gradient = gradient * (output > 0).to(gradient.dtype)
-            lost = source.shape[-1] - (2 * (gradient.shape[-1] - 1) + 1)
-            gradient = F.conv_transpose2d(
-                gradient, convolution.get_parameter("weight"), stride=2, padding=1, output_padding=lost
-            )
+            gradient = _pull_back_stride_2(gradient, convolution.get_parameter("weight"))
+            gradient = gradient[..., : source.shape[-2], : source.shape[-1]]
         return gradient
+
+
+def _pull_back_stride_2(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Backward of a 3x3, stride 2, padding 1 convolution: [B, O, h, w] to [B, I, 2h, 2w].
+
+    Pixel 2i is seen by tap 1 of output i; pixel 2i + 1 by tap 2 of output i and tap 0 of output i + 1. So each
+    of the four pixels of a cell is a 2x2 convolution of the gradient, followed by depth to space. Unlike a
+    transposed convolution with output padding, every converter takes this.
+    """
+    taps = F.pad(weight, (0, 1, 0, 1))  # index 3 is a tap of zeros
+    seen = torch.tensor(((1, 3), (2, 0)), device=weight.device)
+    kernel = taps[:, :, seen][..., seen]  # [O, I, row phase, row tap, column phase, column tap]
+    kernel = kernel.permute(1, 2, 4, 0, 3, 5).flatten(0, 2)
+    return F.pixel_shuffle(F.conv2d(F.pad(gradient, (0, 1, 0, 1)), kernel), 2)
 
 
 def saliency_map(alpha: Tensor, beta: Tensor, gamma: float = 1.0) -> Tensor:

@@ -1,0 +1,59 @@
+"""TFLite graphs: float32 from torch by LiteRT, static int8 by the AI Edge Quantizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+SIGNATURE = "serving_default"
+INPUT = "args_0"
+
+
+def to_tflite(graph: torch.nn.Module, shape: tuple[int, ...]) -> bytes:
+    """Float32 TFLite of `graph` for one input [1, *shape], in the same channels-first layout."""
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        import litert_torch
+
+        target = Path(scratch) / "graph.tflite"
+        litert_torch.convert(graph, (torch.zeros(1, *shape),)).export(str(target))
+        return target.read_bytes()
+
+
+def quantise_tflite(model: bytes, calibration: Sequence[NDArray[np.float32]]) -> bytes:
+    """Static int8 of `model`, calibrated on inputs [1, ...]; inputs and outputs stay float32."""
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        from ai_edge_quantizer import qtyping, quantizer, recipe
+
+        source = Path(scratch) / "float.tflite"
+        source.write_bytes(model)
+        quantiser = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
+        for boundary in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+            quantiser.update_quantization_recipe(".*", boundary, algorithm_key=recipe.AlgorithmName.NO_QUANTIZE)
+        statistics = quantiser.calibrate({SIGNATURE: [{INPUT: frame} for frame in calibration]})
+        return bytes(quantiser.quantize(statistics).quantized_model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The converters print progress and warn of their own internals; a failure still raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
