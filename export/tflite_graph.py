@@ -31,15 +31,21 @@ def to_tflite(graph: torch.nn.Module, shape: tuple[int, ...]) -> bytes:
 def quantise_tflite(model: bytes, calibration: Sequence[NDArray[np.float32]]) -> bytes:
     """Static int8 of `model`, calibrated on inputs [1, ...]; inputs and outputs stay float32."""
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        from ai_edge_quantizer import qtyping, quantizer, recipe
+        from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe, recipe_manager
+        from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
         source = Path(scratch) / "float.tflite"
         source.write_bytes(model)
         quantiser = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
         for boundary in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
             quantiser.update_quantization_recipe(".*", boundary, algorithm_key=recipe.AlgorithmName.NO_QUANTIZE)
-        statistics = quantiser.calibrate({SIGNATURE: [{INPUT: frame} for frame in calibration]})
-        return bytes(quantiser.quantize(statistics).quantized_model)
+        # Its own `calibrate` takes a moving average of the ranges, which cuts off what rare frames reach: on
+        # MNIST that cost 0.5 points of accuracy.
+        observer = calibrator.Calibrator(model, qsv_update_func=min_max_update)
+        recipes = recipe_manager.RecipeManager()
+        recipes.load_quantization_recipe(quantiser.get_quantization_recipe())
+        observer.calibrate({SIGNATURE: [{INPUT: frame} for frame in calibration]}, recipes)
+        return bytes(quantiser.quantize(observer.get_model_qsvs()).quantized_model)
 
 
 @contextlib.contextmanager
