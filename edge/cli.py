@@ -60,11 +60,11 @@ def _stop_on_signal() -> threading.Event:
     stop = threading.Event()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno())
+    signal.set_wakeup_fd(writer.detach())  # stays open as long as the process
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
 
-    def wait(keep_open: socket.socket = writer) -> None:
+    def wait() -> None:
         reader.recv(1)
         stop.set()
 

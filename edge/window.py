@@ -8,6 +8,7 @@ gives up its place, once in `retry_s`, so that a broker does not fill with what 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Window:
         self._retries: list[tuple[float, int, int]] = []  # due_s, row, tries: a heap
         self._closed_until_s = 0.0
         self._probe_due_s = 0.0
-        self._replied_s = 0.0
+        self._replied_s = -math.inf
 
     def has_room(self, now_s: float) -> bool:
         """Whether another frame may be published now."""

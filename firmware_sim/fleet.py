@@ -69,7 +69,8 @@ class DeviceReport(Struct, frozen=True):
     """What became of one device's frames.
 
     `lost` counts frames without a result, the refused ones included; `duplicated` counts frames that got
-    results under more than one (boot, sequence). `sent` counts messages, repeats included; None if the agent died.
+    results under more than one (boot, sequence). `sent` counts messages, repeats included, and is None when
+    the agent died.
     """
 
     device: str
@@ -110,7 +111,7 @@ class _Device:
         recording = self.folder / "frames.npz"
         np.savez(recording, images=images, names=np.array(names))
         self._settings = self.folder / "edge.toml"
-        self._settings.write_text(_to_toml(self._configure(config, recording)), encoding="utf-8")
+        self._settings.write_text(to_toml(self._configure(config, recording)), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -235,7 +236,7 @@ def _percentile(values: list[float], percent: float) -> float | None:
     return round(float(np.percentile(values, percent)), 3) if values else None
 
 
-def _to_toml(config: EdgeConfig) -> str:
+def to_toml(config: EdgeConfig) -> str:
     """The configuration as TOML. JSON's strings, numbers and booleans are TOML's."""
     lines: list[str] = []
 

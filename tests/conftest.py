@@ -1,4 +1,4 @@
-"""Fixtures that need something outside Python: brokers and data. Each skips with its reason where it is missing."""
+"""Fixtures that many tests share: brokers and data, skipping where they are missing, and a tiny bundle."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def expected(frame: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_release_is_perturb_then_client_half_then_seal(tiny_bundle: Any, backend: Backend, precision: Any) -> None:
+def test_release_is_perturb_then_client_half_then_seal(
+    tiny_bundle: Any, backend: Backend, precision: Any
+) -> None:
     model = ClientModel(load(tiny_bundle), RuntimeConfig(backend=backend, precision=precision), SECRET)
     np.testing.assert_allclose(model.activation(FRAME), expected(FRAME), atol=1e-5)
     released = model.release(FRAME)
@@ -42,7 +44,9 @@ def test_release_is_perturb_then_client_half_then_seal(tiny_bundle: Any, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_profile_without_a_map_feeds_the_frame_itself(tiny_bundle: Any, backend: Backend, tmp_path: Any) -> None:
+def test_a_profile_without_a_map_feeds_the_frame_itself(
+    tiny_bundle: Any, backend: Backend, tmp_path: Any
+) -> None:
     twice = np.concatenate((FRAME, FRAME))
     files = {"golden-frame.npy": npy(twice), "golden-activation.npy": npy(np.tanh(twice))}
     plain = tiny_bundle.rewrite(tmp_path / "plain.bundle", files, saliency={})

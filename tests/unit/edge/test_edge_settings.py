@@ -1,0 +1,86 @@
+"""What the agent is told, what it keeps secret, and what it must not load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.cli import main
+from edge.config import BrokerConfig, EdgeConfig, TlsConfig
+from edge.errors import LinkError
+from edge.link import Link
+from edge.secret import load_secret
+from splitward.config import build_config
+from splitward.errors import ConfigError
+
+
+def test_the_agent_loads_no_heavy_library() -> None:
+    heavy = {"torch", "cv2", "onnxruntime", "ai_edge_litert", "pydicom", "PIL"}
+    code = (
+        f"import edge.agent, edge.cli, sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_defaults_are_complete() -> None:
+    assert build_config({}, EdgeConfig, where="test") == EdgeConfig()
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("device", "id", "no/slash"),
+        ("device", "id", "newline\n"),
+        ("device", "site", ""),
+        ("capture", "kind", "scanner"),
+        ("capture", "rate_hz", -1),
+        ("runtime", "threads", 0),
+        ("runtime", "precision", "float16"),
+        ("broker", "port", 70000),
+        ("spool", "drop", "all"),
+        ("link", "window", 0),
+        ("link", "windwo", 16),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_name(table: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{table}\.{key}"):
+        build_config({table: {key: value}}, EdgeConfig, where="edge.toml")
+
+
+def test_the_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "secret"
+    secret = load_secret(path)
+    assert len(secret) == 32
+    assert load_secret(path) == secret
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        load_secret(path)
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="5 bytes"):
+        load_secret(path)
+
+
+def test_missing_certificates_are_refused(tmp_path: Path) -> None:
+    config = EdgeConfig(broker=BrokerConfig(tls=TlsConfig(ca=str(tmp_path / "nowhere.pem"))))
+    with pytest.raises(LinkError, match=r"broker\.tls"):
+        Link(config, lambda event: None)
+
+
+def test_the_command_line_explains_an_error_and_exits_with_2(tmp_path: Path, capsys: Any) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "edge", "run", "--config", str(tmp_path / "nowhere.toml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "no such file" in process.stderr
+    assert "Traceback" not in process.stderr
+    with pytest.raises(SystemExit):
+        main(["fly"])
