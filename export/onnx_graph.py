@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from export.quiet import quiet
 
 INPUT = "frame"
 OUTPUT = "activation"
@@ -18,9 +19,7 @@ OPSET = 18
 
 def to_onnx(graph: torch.nn.Module, shape: tuple[int, ...]) -> bytes:
     """Float32 ONNX of `graph` for one input [1, *shape] and one output, both named and of fixed size."""
-    with warnings.catch_warnings():
-        # The exporter warns of its own internals (deprecated pytree calls).
-        warnings.simplefilter("ignore")
+    with quiet():
         program = torch.onnx.export(
             graph,
             (torch.zeros(1, *shape),),
@@ -49,7 +48,7 @@ def quantise_onnx(model: bytes, calibration: Sequence[NDArray[np.float32]]) -> b
             frame = next(self._frames, None)
             return None if frame is None else {INPUT: frame}
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
         source, prepared, target = (
             Path(scratch) / name for name in ("float.onnx", "prepared.onnx", "int8.onnx")
         )

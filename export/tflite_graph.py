@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from export.quiet import quiet
 
 SIGNATURE = "serving_default"
 INPUT = "args_0"
@@ -20,7 +18,7 @@ INPUT = "args_0"
 
 def to_tflite(graph: torch.nn.Module, shape: tuple[int, ...]) -> bytes:
     """Float32 TFLite of `graph` for one input [1, *shape], in the same channels-first layout."""
-    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
         import litert_torch
 
         target = Path(scratch) / "graph.tflite"
@@ -30,7 +28,7 @@ def to_tflite(graph: torch.nn.Module, shape: tuple[int, ...]) -> bytes:
 
 def quantise_tflite(model: bytes, calibration: Sequence[NDArray[np.float32]]) -> bytes:
     """Static int8 of `model`, calibrated on inputs [1, ...]; inputs and outputs stay float32."""
-    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe, recipe_manager
         from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
@@ -46,20 +44,3 @@ def quantise_tflite(model: bytes, calibration: Sequence[NDArray[np.float32]]) ->
         recipes.load_quantization_recipe(quantiser.get_quantization_recipe())
         observer.calibrate({SIGNATURE: [{INPUT: frame} for frame in calibration]}, recipes)
         return bytes(quantiser.quantize(observer.get_model_qsvs()).quantized_model)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converters print progress and warn of their own internals; a failure still raises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -52,13 +52,22 @@ class RunSettings:
         return RunSettings(**{**values, "split": SplitSettings.from_dict(values["split"])})
 
 
-def split_settings(dataset: Dataset, profile: str, **changes: Any) -> SplitSettings:
-    """Network and defence for `dataset` under the profile; `changes` replace fields of the defence.
+def split_settings(
+    dataset: Dataset,
+    profile: str,
+    *,
+    seal: dict[str, Any] | None = None,
+    saliency: dict[str, Any] | None = None,
+) -> SplitSettings:
+    """Network and defence for `dataset` under the profile.
+
+    `seal` replaces fields of `DefenceSettings` (of `sealed` only), `saliency` those of `MapSettings` (of
+    profiles with a map); a value of None leaves the profile's own.
 
     Raises
     ------
     TrainingError
-        The profile is not known, or the frames do not fit a network.
+        The profile is not known or does not have what is to be changed, or the frames do not fit a network.
     """
     if profile not in DEFENCES:
         raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(DEFENCES)}.")
@@ -69,7 +78,7 @@ def split_settings(dataset: Dataset, profile: str, **changes: Any) -> SplitSetti
     defence = DEFENCES[profile]
     if defence.values and not small:
         defence = replace(defence, values=RESIDUAL_VALUES)
-    defence = replace(defence, **changes)
+    defence = _changed(defence, seal or {}, saliency or {})
     try:
         network = NetworkSettings(
             size="small" if small else "residual",
@@ -84,6 +93,16 @@ def split_settings(dataset: Dataset, profile: str, **changes: Any) -> SplitSetti
         raise TrainingError(f"{dataset.name}: {error} Give another --size.") from error
     law = release_law(network, defence)
     return SplitSettings(network, defence, law.bound, law.scale)
+
+
+def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str, Any]) -> DefenceSettings:
+    seal = {name: value for name, value in seal.items() if value is not None}
+    saliency = {name: value for name, value in saliency.items() if value is not None}
+    if seal and not defence.values:
+        raise TrainingError(f"{defence.profile} has no seal: {', '.join(seal)} cannot be given. Use sealed.")
+    if saliency and defence.map is None:
+        raise TrainingError(f"{defence.profile} has no map: {', '.join(saliency)} cannot be given. Use psgl.")
+    return replace(defence, **seal, map=replace(defence.map, **saliency) if defence.map else None)
 
 
 def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLaw:

@@ -1,0 +1,174 @@
+"""The `splitward` command: demo, data, train, keygen and export. The rooms load only when they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from splitward import __version__
+from splitward.errors import SplitwardError
+
+DEFAULT_KEY = Path("~/.config/splitward/signing.key")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; an explained error exits with 2, without a traceback."""
+    arguments = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except SplitwardError as error:
+        sys.stderr.write(f"splitward: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("splitward: interrupted.\n")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="splitward", description="Split inference for medical devices.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole product, small, on real images")
+    demo.add_argument(
+        "--data", default="mnist", help="mnist, phantom, a .npz file or a folder (default: mnist)"
+    )
+    demo.add_argument("--task", help="what the labels say, where the data can be read in several ways")
+    demo.add_argument("--size", type=int, help="height and width of the frames in pixels")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for everything made (default: demo)"
+    )
+    demo.add_argument("--frames", type=int, default=1000, help="test images for each device (default: 1000)")
+    demo.add_argument("--serve", action="store_true", help="keep it running and print the dashboard's address")
+    demo.add_argument("--fresh", action="store_true", help="train again, even where a finished run lies")
+    demo.set_defaults(run=_demo)
+
+    data = commands.add_parser("data", help="fetch, and describe, a data set")
+    data.add_argument("spec", help="mnist, phantom, a .npz file or a folder")
+    data.add_argument("--task")
+    data.add_argument("--size", type=int)
+    data.set_defaults(run=_data)
+
+    train = commands.add_parser("train", help="train a split network under a defence")
+    train.add_argument("--data", required=True, help="mnist, phantom, a .npz file or a folder")
+    train.add_argument("--task", help="what the labels say, where the data can be read in several ways")
+    train.add_argument("--size", type=int, help="height and width of the frames in pixels")
+    train.add_argument("--defence", choices=("none", "psgl", "sealed"), default="sealed")
+    train.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
+    train.add_argument("--epochs", type=int, default=10)
+    train.add_argument("--batch", type=int, default=128)
+    train.add_argument("--learning-rate", type=float, default=3e-3)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--values", type=int, help="sealed: values of the bottleneck")
+    train.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
+    train.add_argument("--entropy-weight", type=float, help="sealed: weight of the entropy term")
+    train.add_argument("--eps", type=float, help="psgl, sealed: budget of the map")
+    train.add_argument("--gamma", type=float, help="psgl, sealed: fraction of the pixels that keep their map")
+    train.add_argument("--map", choices=("logits", "probabilities"), help="psgl, sealed: outputs of the map")
+    train.set_defaults(run=_train)
+
+    export = commands.add_parser("export", help="make a signed bundle and its server half from a run")
+    export.add_argument("run_folder", type=Path, metavar="RUN")
+    export.add_argument("--out", type=Path, required=True, metavar="NAME.bundle")
+    export.add_argument("--key", type=Path, default=DEFAULT_KEY, help=f"signing key (default: {DEFAULT_KEY})")
+    export.set_defaults(run=_export)
+
+    keygen = commands.add_parser("keygen", help="make a signing key; devices trust its .pub file")
+    keygen.add_argument("key", type=Path, nargs="?", default=DEFAULT_KEY)
+    keygen.set_defaults(run=_keygen)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from splitward.demo.flow import DemoSettings, run_demo
+
+    settings = DemoSettings(arguments.data, arguments.task, arguments.size, arguments.out, arguments.frames)
+    return run_demo(settings, serve=arguments.serve, fresh=arguments.fresh)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from splitward.data import open_dataset
+
+    dataset = open_dataset(arguments.spec, task=arguments.task, size=arguments.size)
+    counts = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
+    described = {
+        "name": dataset.name,
+        "task": dataset.task,
+        "classes": dataset.classes,
+        "frame": dataset.train.images.shape[1:],
+        "images": counts,
+        "synthetic": dataset.synthetic,
+        "licence": dataset.licence,
+        "source": dataset.source,
+    }
+    sys.stdout.write(json.dumps(described, indent=2) + "\n")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from splitward.data import open_dataset
+    from splitward.training.loop import train
+    from splitward.training.settings import RunSettings, split_settings
+
+    dataset = open_dataset(arguments.data, task=arguments.task, size=arguments.size)
+    split = split_settings(
+        dataset,
+        arguments.defence,
+        seal={"values": arguments.values, "sigma": arguments.sigma, "entropy_weight": arguments.entropy_weight},
+        saliency={"eps": arguments.eps, "gamma": arguments.gamma, "outputs": arguments.map},
+    )
+    settings = RunSettings(
+        data=arguments.data,
+        task=arguments.task,
+        size=arguments.size,
+        split=split,
+        epochs=arguments.epochs,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+    )
+    run = train(dataset, settings, arguments.out)
+    test = run.read_metrics()[-1]["test"]
+    sys.stdout.write(
+        f"{arguments.out}: test accuracy " + ", ".join(f"{k} {v:.4f}" for k, v in test.items()) + "\n"
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from export.exporter import export_run
+    from splitward.data import open_dataset
+    from splitward.training.run import open_run
+    from splitward.wire.bundle import create_signing_key, public_key_path, read_signing_key
+
+    run = open_run(arguments.run_folder)
+    path = arguments.key.expanduser()
+    if arguments.key == DEFAULT_KEY and not path.exists():
+        create_signing_key(path)
+        sys.stdout.write(f"made a signing key: {path}; devices trust {public_key_path(path)}\n")
+    key = read_signing_key(path)
+    settings = run.settings
+    dataset = open_dataset(settings.data, task=settings.task, size=settings.size)
+    model = export_run(run, dataset, arguments.out, key)
+    sys.stdout.write(f"{arguments.out}: model {model.hex()}\n")
+    return 0
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from splitward.wire.bundle import create_signing_key, public_key_path
+
+    path = arguments.key.expanduser()
+    if path.exists():
+        raise SplitwardError(f"{path}: exists already. Give another path; a lost key cannot be made again.")
+    create_signing_key(path)
+    sys.stdout.write(f"{path}: keep it secret; devices trust {public_key_path(path)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

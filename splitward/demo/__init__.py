@@ -1,0 +1,1 @@
+"""`splitward demo`: the whole product, small, on real images."""
