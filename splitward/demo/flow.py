@@ -1,4 +1,4 @@
-"""The demo from end to end: train, attack, export, run devices against the cloud, report; nothing stays behind."""
+"""The demo from end to end: train, attack, export, run devices against the cloud, report; nothing stays."""
 
 from __future__ import annotations
 

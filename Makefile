@@ -1,0 +1,55 @@
+# `make demo` and `make test` are all that a newcomer needs: they set themselves up in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := edge,edge-tflite,dicom,cloud,train,broker,dev
+SOURCES := splitward edge cloud export firmware_sim tests benchmarks
+
+.PHONY: help setup demo test check format bench constraints mosquitto clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## virtual environment with the tested versions
+
+# torch first and alone: asked for by another package, it could come as a CUDA build of several gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## the whole product, small, on real images; results in demo/
+	$(BIN)/splitward demo $(DEMO)
+
+test: setup mosquitto check ## everything that is tested; a skip says what is missing
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: setup ## style, types, and who may import whom
+	$(BIN)/ruff format --check --quiet $(SOURCES)
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+
+format: setup ## format the sources
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: setup ## speed and memory, to docs/results/bench.json
+	$(BIN)/python -m benchmarks.bench
+
+# The tests' real broker. Only root can install it; without it those tests skip.
+mosquitto:
+	@PATH="$$PATH:/usr/sbin"; command -v mosquitto > /dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto > /dev/null; \
+	else echo "mosquitto is not installed: its tests will be skipped (apt install mosquitto)"; fi
+
+constraints: setup ## pin what is installed now
+	@{ sed -n '1,2p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove what was made
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
