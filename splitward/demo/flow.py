@@ -30,6 +30,7 @@ from splitward.wire.bundle import create_signing_key, public_key_path, read_sign
 
 STEPS = {"sealed": 1290, "none": 860, "psgl": 860}
 """Optimiser steps for each profile: 3, 2 and 2 epochs of MNIST. The compared two need not be at their best."""
+ATTACK_STEPS = 400
 BATCH = 128
 VARIANTS = ("onnx-float32", "onnx-int8", "tflite-int8")
 RATE_HZ = 100.0
@@ -38,13 +39,14 @@ SERVE_RATE_HZ = 4.0
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs on; `frames` test images go to each of three devices."""
+    """What the demo runs on; `frames` test images for each device; `effort` scales all trainings."""
 
     data: str = "mnist"
     task: str | None = None
     size: int | None = None
     out: Path = Path("demo")
     frames: int = 1000
+    effort: float = 1.0
 
 
 def run_demo(settings: DemoSettings, *, serve: bool = False, fresh: bool = False) -> int:
@@ -60,7 +62,7 @@ def run_demo(settings: DemoSettings, *, serve: bool = False, fresh: bool = False
     runs = {profile: _train(dataset, settings, profile, fresh) for profile in STEPS}
     networks = {profile: runs[profile].load_network() for profile in ("none", "psgl", "sealed")}
     _say(5, "attack: a decoder for each profile, trained on what it releases")
-    found = attack_profiles(dataset, networks)
+    found = attack_profiles(dataset, networks, round(settings.effort * ATTACK_STEPS))
     draw_reconstructions(to_unit(frames_of(dataset.test)[:10]), found, out / "reconstructions.png")
     _say(6, "export: ONNX and TFLite, float32 and int8, checked and signed")
     bundle = out / "model.bundle"
@@ -100,7 +102,7 @@ def _train(dataset: Dataset, settings: DemoSettings, profile: str, fresh: bool) 
         task=settings.task,
         size=settings.size,
         split=split_settings(dataset, profile),
-        epochs=max(1, round(STEPS[profile] / steps_per_epoch)),
+        epochs=max(1, round(settings.effort * STEPS[profile] / steps_per_epoch)),
         batch=BATCH,
     )
     what = f"train: {profile}, {wanted.epochs} epochs of {len(dataset.train)} images"

@@ -16,6 +16,7 @@ from splitward.method.split import SplitNetwork
 from splitward.training.loop import frames_of, to_unit
 
 TARGETS = 500
+SHOWN = 10
 NOISE_SEED = 7
 
 
@@ -28,27 +29,25 @@ class Inversion:
     shown: Tensor
 
 
-def attack_profiles(
-    dataset: Dataset, networks: dict[str, SplitNetwork], shown: int = 10
-) -> dict[str, Inversion]:
+def attack_profiles(dataset: Dataset, networks: dict[str, SplitNetwork], steps: int) -> dict[str, Inversion]:
     """Invert each network, and add the floors `label` (class-mean image) and `nothing` (mean image).
 
     The auxiliary images are the validation split, on which no target network was trained; the targets are the
     first test images.
     """
     auxiliary, targets = to_unit(frames_of(dataset.validation)), to_unit(frames_of(dataset.test)[:TARGETS])
-    found = {name: _invert(network, auxiliary, targets, shown) for name, network in networks.items()}
+    found = {name: _invert(network, auxiliary, targets, steps) for name, network in networks.items()}
     labels = torch.from_numpy(dataset.test.labels[:TARGETS])
     by_label = class_mean_image(auxiliary, torch.from_numpy(dataset.validation.labels), labels)
-    found["label"] = _measure(by_label, targets, shown)
-    found["nothing"] = _measure(mean_image(auxiliary, len(targets)), targets, shown)
+    found["label"] = _measure(by_label, targets)
+    found["nothing"] = _measure(mean_image(auxiliary, len(targets)), targets)
     return found
 
 
-def _invert(network: SplitNetwork, auxiliary: Tensor, targets: Tensor, shown: int) -> Inversion:
+def _invert(network: SplitNetwork, auxiliary: Tensor, targets: Tensor, steps: int) -> Inversion:
     generator = torch.Generator().manual_seed(NOISE_SEED)
     released = [_release(network, frames, generator) for frames in (auxiliary, targets)]
-    return _measure(invert(released[0], auxiliary, released[1]), targets, shown)
+    return _measure(invert(released[0], auxiliary, released[1], steps=steps), targets)
 
 
 @torch.no_grad()
@@ -58,11 +57,11 @@ def _release(network: SplitNetwork, frames: Tensor, generator: torch.Generator) 
     return network.release(activation, noise)
 
 
-def _measure(reconstructions: Tensor, targets: Tensor, shown: int) -> Inversion:
+def _measure(reconstructions: Tensor, targets: Tensor) -> Inversion:
     return Inversion(
         float(ssim(reconstructions, targets).mean()),
         float(mse(reconstructions, targets).mean()),
-        reconstructions[:shown].clone(),
+        reconstructions[:SHOWN].clone(),
     )
 
 

@@ -60,8 +60,6 @@ def fold_stem(stem: nn.Conv2d, channels: int, mapped: bool) -> nn.Conv2d:
         map_weight = (each / cells).expand(-1, channels, -1, -1)
         frame_weight = torch.cat((frame_weight, map_weight), dim=1)
     folded = nn.Conv2d(frame_weight.shape[1], weight.shape[0], 3 * FACTOR, FACTOR, FACTOR)
-    with torch.no_grad():
-        folded.weight.copy_(frame_weight)
-        if stem.bias is not None and folded.bias is not None:
-            folded.bias.copy_(stem.bias)
+    folded.weight = nn.Parameter(frame_weight)
+    folded.bias = None if stem.bias is None else nn.Parameter(stem.bias.detach().clone())
     return folded

@@ -104,7 +104,7 @@ class LocalClassifier(nn.Module):
     def _pull_back(self, cotangent: Tensor, activations: list[Tensor], frame: Tensor) -> Tensor:
         """Vector-Jacobian product of the logits with `cotangent` [B, classes]: [B, C, H, W]."""
         gradient = (cotangent @ self.dense.weight).view(-1, *self.flat_shape)
-        below = [frame, *activations[:-1]]
+        below = [frame, *activations][:-1]
         for convolution, output, source in zip(
             reversed(list(self.convolutions)), reversed(activations), reversed(below), strict=True
         ):

@@ -7,8 +7,12 @@ from numpy.typing import NDArray
 
 
 def quantise(real: NDArray[np.floating], scale: float, zero_point: int = 0) -> NDArray[np.int8]:
-    """Nearest int8 values (ties to even), saturating at -127 and 127 so that the range is symmetric."""
-    stored: NDArray[np.int8] = np.clip(np.rint(real / scale) + zero_point, -127, 127).astype(np.int8)
+    """Nearest int8 values (ties to even), saturating at -127 and 127 so that the range is symmetric.
+
+    It divides in float64, as training does: in float32 a value near the middle of two steps may fall otherwise.
+    """
+    steps = np.rint(np.divide(real, scale, dtype=np.float64))
+    stored: NDArray[np.int8] = np.clip(steps + zero_point, -127, 127).astype(np.int8)
     return stored
 
 
