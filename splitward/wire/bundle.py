@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,10 @@ SIGNATURE = "manifest.sig"
 MAX_FILE_BYTES = 256 << 20
 MAX_FILES = 64
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""What `zipfile` raises on bytes that are no whole zip."""
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""`zipfile` unpacks the others without minding the declared size: 500 bytes of bzip2 take 300 MiB."""
 
 Backend = Literal["onnx", "tflite"]
 Precision = Literal["float32", "int8"]
@@ -120,7 +125,7 @@ def read_bundle(path: Path, trusted: Ed25519PublicKey) -> Bundle:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(archive, path, trusted)
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except _DAMAGE as error:
         raise BundleError("unreadable", f"{path}: is not a whole bundle: {error}. Fetch it again.") from error
 
 
@@ -128,6 +133,8 @@ def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bu
     sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     if len(sizes) != len(archive.infolist()) or len(sizes) > MAX_FILES:
         raise BundleError("extra_file", f"{path}: repeats a name or holds over {MAX_FILES} files.")
+    if any(entry.compress_type not in _METHODS for entry in archive.infolist()):
+        raise BundleError("unreadable", f"{path}: is packed otherwise than stored or deflated. Fetch it again.")
     for name in (MANIFEST, SIGNATURE):
         if name not in sizes:
             raise BundleError("unsigned", f"{path}: has no {name}; take a bundle made by `splitward export`.")

@@ -29,6 +29,8 @@ MAX_VALUES = 1 << 22
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What a site or a device may be called: it is part of a topic and of a certificate."""
 
+_SCALES = (2.0**-149, (2 - 2.0**-23) * 2.0**127)
+"""Least and greatest positive float32."""
 _FIXED = struct.Struct("<4sBBHBBBB16sQQ16sfiI")
 _CRC = struct.Struct("<I")
 
@@ -71,7 +73,8 @@ def encode(activation: Activation) -> bytes:
     Raises
     ------
     MessageError
-        A field is outside the format: name, dtype, shape, identifier length, or a value that is not finite.
+        A field is outside the format: `bad_dtype`, `bad_shape`, `oversize`, `not_finite`, `bad_device`,
+        `bad_identifier`, `out_of_range` or `bad_quantisation`.
     """
     values = activation.values
     code = DTYPE_CODES.get(values.dtype)
@@ -84,6 +87,9 @@ def encode(activation: Activation) -> bytes:
         raise MessageError("bad_device", f"device id {activation.device!r} must match {NAME.pattern}.")
     if len(activation.boot) != 16 or len(activation.model) != 16:
         raise MessageError("bad_identifier", "boot id and model id are 16 bytes each.")
+    if not all(0 <= number < 1 << 64 for number in (activation.sequence, activation.captured_at_ns)):
+        raise MessageError("out_of_range", "sequence and capture time are unsigned integers of 64 bits.")
+    _check_quantisation(activation.scale, activation.zero_point)
     device = activation.device.encode("ascii")
     payload = values.tobytes()
     header = (
@@ -150,8 +156,7 @@ def decode(message: bytes) -> Activation:
     device = message[names_at + 1 : header_bytes].decode("ascii", errors="replace")
     if not NAME.fullmatch(device):
         raise MessageError("bad_device", f"device id {device!r} must match {NAME.pattern}.")
-    if not (math.isfinite(scale) and scale > 0) or not -128 <= zero_point <= 127:
-        raise MessageError("bad_quantisation", f"scale {scale}, zero point {zero_point} are out of range.")
+    _check_quantisation(scale, zero_point)
     values = np.frombuffer(message, dtype, count, header_bytes).reshape(shape)
     if code == 0 and not np.isfinite(values).all():
         raise MessageError("not_finite", "the activation holds NaN or infinity.")
@@ -166,3 +171,8 @@ def _check_shape(shape: tuple[int, ...]) -> int:
     if not 1 <= count <= MAX_VALUES:
         raise MessageError("oversize", f"shape {shape} holds {count} values; 1 to {MAX_VALUES} are allowed.")
     return count
+
+
+def _check_quantisation(scale: float, zero_point: int) -> None:
+    if not _SCALES[0] <= scale <= _SCALES[1] or not -128 <= zero_point <= 127:  # so written, NaN fails too
+        raise MessageError("bad_quantisation", f"scale {scale}, zero point {zero_point} are out of range.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -30,7 +30,7 @@ class ServerCard(msgspec.Struct, frozen=True):
     """
 
     format: int
-    model: str
+    model: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     name: str
     classes: tuple[str, ...]
     release: ReleaseLaw
@@ -68,7 +68,7 @@ def read_server_card(path: Path) -> tuple[ServerCard, Path]:
             "unreadable",
             f"{error.filename}: {error.strerror}. `splitward export` writes it beside the bundle.",
         ) from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:  # the last: not UTF-8, or no file name
         raise BundleError("bad_manifest", f"{path}: is not a server card: {error}.") from error
     if card.format != FORMAT:
         raise BundleError("bad_format", f"{path}: format {card.format}; this version reads {FORMAT}.")

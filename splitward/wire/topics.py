@@ -6,6 +6,7 @@ from splitward.errors import WireError
 from splitward.wire.message import NAME
 
 ROOT = "splitward/v1"
+KINDS = ("activation", "result", "status", "command", "bundle")
 
 
 def activation(site: str, device: str) -> str:
@@ -52,6 +53,8 @@ def parse(topic: str) -> tuple[str, str, str]:
         The topic is not one of ours (`bad_topic`).
     """
     parts = topic.split("/")
-    if len(parts) != 5 or "/".join(parts[:2]) != ROOT or not all(NAME.fullmatch(part) for part in parts[2:4]):
-        raise WireError("bad_topic", f"topic {topic!r} is not {ROOT}/SITE/DEVICE/KIND.")
-    return parts[2], parts[3], parts[4]
+    if len(parts) == 5 and "/".join(parts[:2]) == ROOT and parts[4] in KINDS:
+        _, _, site, device, kind = parts
+        if NAME.fullmatch(site) and NAME.fullmatch(device):
+            return site, device, kind
+    raise WireError("bad_topic", f"topic {topic!r} is not {ROOT}/SITE/DEVICE/KIND.")

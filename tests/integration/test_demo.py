@@ -31,8 +31,7 @@ def own_file(tmp_path: Path) -> Path:
 
 def test_demo_on_a_file_of_ones_own(own_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    settings = DemoSettings(str(own_file), out=out, frames=40, effort=0.02)
-    assert run_demo(settings) == 0
+    assert run_demo(DemoSettings(str(own_file), out=out, frames=40, effort=0.02)) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["frames_sent"] == summary["results"] == 120
     assert summary["lost"] == summary["duplicated"] == 0
@@ -48,9 +47,3 @@ def test_demo_on_a_file_of_ones_own(own_file: Path, tmp_path: Path, capsys: pyte
     assert "frames sent 120, results 120, lost 0, duplicated 0" in said
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(out) not in left
-    # A second run trains nothing again.
-    weights = [(out / "runs" / name / "weights.safetensors").stat().st_mtime_ns for name in ("none", "sealed")]
-    assert run_demo(settings) == 0
-    assert weights == [
-        (out / "runs" / name / "weights.safetensors").stat().st_mtime_ns for name in ("none", "sealed")
-    ]
