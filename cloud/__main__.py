@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 from types import FrameType
@@ -12,14 +13,19 @@ import uvicorn
 
 from cloud.app import create_app
 from cloud.config import read_cloud_config
+from cloud.feed import Feed
 from splitward.errors import SplitwardError
 
 
 class _Server(uvicorn.Server):
     """Ends the event streams at a signal: uvicorn waits for open requests before the lifespan may drain."""
 
+    def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
+        super().__init__(config)
+        self._feed = feed
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.config.loaded_app.state.service.feed.close()
+        self._feed.close()
         super().handle_exit(sig, frame)
 
 
@@ -39,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = uvicorn.Config(
         app, config.api.host, config.api.port, log_config=None, access_log=False, server_header=False
     )
-    server = _Server(settings)
+    server = _Server(settings, app.state.service.feed)
+    for ended in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn drains at the signal and then raises it once more, for whoever handled it before.
+        signal.signal(ended, signal.SIG_IGN)
     server.run()
     return 0 if server.started else 2
 

@@ -28,7 +28,7 @@ def start_cloud(folder: Path, bundle: Path, broker_port: int, threads: int = 1) 
     Raises
     ------
     SplitwardError
-        It ended, or was not ready in time; the message holds the end of its log.
+        It was not ready in time, or it failed as it ended; the message holds the end of its log.
     """
     port = free_port()
     store = folder / "cloud.db"
@@ -57,6 +57,8 @@ def start_cloud(folder: Path, bundle: Path, broker_port: int, threads: int = 1) 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    if process.returncode != 0:
+        raise SplitwardError(f"the cloud ended with {process.returncode}; the end of {log}:\n{_end_of(log)}")
 
 
 def _is_ready(address: str) -> bool:
@@ -73,5 +75,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path)
         if _is_ready(address):
             return
         time.sleep(0.1)
-    end = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
-    raise SplitwardError(f"the cloud did not become ready; the end of {log}:\n{end}")
+    raise SplitwardError(f"the cloud did not become ready; the end of {log}:\n{_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-10:])

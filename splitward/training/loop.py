@@ -167,8 +167,13 @@ def _train_epoch(
                     settings, (epoch * len(batches) + index) / (settings.epochs * len(batches))
                 )
             frames, wanted = to_unit(images[rows]), labels[rows]
-            step = network(frames)
+            try:
+                step = network(frames)
+            except torch.linalg.LinAlgError as error:  # the recovery of an activation that overflowed
+                raise _diverged(epoch) from error
             loss = losses(network, step, wanted)
+            if not loss.isfinite():
+                raise _diverged(epoch)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimiser.step()
@@ -176,14 +181,16 @@ def _train_epoch(
             right += int((step.outputs.decision.argmax(1) == wanted).sum())
             seen += len(rows)
             bar.set_postfix(loss=f"{total_loss / seen:.3f}", accuracy=f"{right / seen:.4f}", refresh=False)
-    if not torch.isfinite(torch.tensor(total_loss)):
-        raise TrainingError(f"loss is {total_loss} in epoch {epoch + 1}; give a smaller --learning-rate.")
     return {
         "epoch": epoch + 1,
         "loss": total_loss / seen,
         "accuracy": right / seen,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def _diverged(epoch: int) -> TrainingError:
+    return TrainingError(f"the loss is not finite in epoch {epoch + 1}; give a smaller --learning-rate.")
 
 
 def one_cycle(settings: RunSettings, at: float) -> float:

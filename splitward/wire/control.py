@@ -82,5 +82,5 @@ def _decode(payload: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
         raise MessageError("oversize", f"control message of {len(payload)} bytes; {MAX_BYTES} are allowed.")
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the latter two out
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the last two out
         raise MessageError("bad_json", f"control message refused: {error}.") from error

@@ -1,0 +1,97 @@
+"""A frame's result is its own, bit for bit: alone, in any company, at any position of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cloud.engine import LocalEngine, Scores
+from cloud.metrics import CpuClock
+from splitward.method.halves import NetworkSettings, ServerHalf
+from splitward.training.run import save_tensors
+from splitward.wire.release import ReleaseLaw
+from splitward.wire.server import FORMAT, ServerCard, write_server_card
+
+pytestmark = pytest.mark.anyio
+MODEL = bytes(16)
+NETWORKS = {
+    "small": NetworkSettings("small", 1, 28, 10, mapped=True, sealed_values=16),
+    "residual": NetworkSettings("residual", 1, 64, 3, mapped=True, sealed_values=64),
+    "unsealed": NetworkSettings("small", 1, 28, 10, mapped=True, recovery="svt"),
+}
+LAW = ReleaseLaw((16,), "int8", sigma=0.3)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def engine_for(tmp_path: Path) -> Callable:
+    """Context manager that serves a random server half."""
+
+    @asynccontextmanager
+    async def serve(network: NetworkSettings, batch_size: int, threads: int) -> AsyncIterator[LocalEngine]:
+        before = torch.get_num_threads()
+        torch.manual_seed(0)
+        weights = tmp_path / "x.server.safetensors"
+        save_tensors(weights, ServerHalf(network).state_dict())
+        card = ServerCard(
+            format=FORMAT,
+            model=MODEL.hex(),
+            name="x",
+            classes=tuple(map(str, range(network.classes))),
+            release=ReleaseLaw(network.release_shape, "int8", sigma=0.3),
+            network=asdict(network),
+            weights=weights.name,
+            sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        )
+        write_server_card(tmp_path / "x.server.json", card)
+        engine = LocalEngine([str(tmp_path / "x.server.json")], batch_size, threads, CpuClock())
+        await engine.start()
+        yield engine
+        await engine.stop()
+        torch.set_num_threads(before)
+
+    return serve
+
+
+def released(network: NetworkSettings, count: int, seed: int = 0) -> NDArray[np.float32]:
+    """Random values on the release's grid."""
+    steps = np.random.default_rng(seed).integers(-127, 128, (count, *network.release_shape))
+    return steps.astype(np.float32) * np.float32(LAW.scale)
+
+
+def rows_of(scores: Scores) -> list[bytes]:
+    """Every bit that the engine says of each frame."""
+    return [
+        scores.decision[row].tobytes() + bytes(int(stream[row]) for stream in scores.streams.values())
+        for row in range(len(scores.decision))
+    ]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_a_result_does_not_depend_on_company_or_position(engine_for, name, batch_size, threads):
+    network = NETWORKS[name]
+    frames = released(network, batch_size)
+    async with engine_for(network, batch_size, threads) as engine:
+        alone = [rows_of(await engine.infer(MODEL, frames[row : row + 1]))[0] for row in range(batch_size)]
+        assert len(set(alone)) == batch_size
+        for shift in range(batch_size):
+            order = (np.arange(batch_size) + shift) % batch_size
+            together = rows_of(await engine.infer(MODEL, frames[order]))
+            assert together == [alone[row] for row in order]
+        others = released(network, batch_size, seed=1)
+        others[-1] = frames[0]
+        assert rows_of(await engine.infer(MODEL, others))[-1] == alone[0]

@@ -1,0 +1,123 @@
+"""The command line: what it says, what it refuses, and that an error is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from splitward import __version__
+from splitward.cli import main
+from splitward.wire.bundle import read_signing_key, read_trusted_key
+
+COMMANDS = ("demo", "data", "train", "export", "keygen")
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says when it refuses: one line, and 2."""
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("splitward: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command} ", said, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: splitward {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train", "--data", "phantom"], ["train", "--data", "phantom", "--out", "r", "--epochs", "x"]]
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "splitward" in capsys.readouterr().err
+
+
+def test_an_error_of_a_real_process_has_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "splitward.cli", "export", str(tmp_path / "no-run"), "--out", "x.bundle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"splitward: .*no-run: is not a run folder.*\n", done.stderr)
+
+
+def test_an_unknown_data_set_is_explained(capsys):
+    with_layouts = main(["data", "/no/such/folder"])
+    assert with_layouts == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_what_a_profile_does_not_have_is_refused(capsys, tmp_path):
+    arguments = ["train", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "run"), "--defence", "none"]
+    assert "none has no seal" in refused([*arguments, "--values", "8"], capsys)
+    assert "none has no map" in refused([*arguments, "--eps", "0.1"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_describes_a_data_set(capsys):
+    assert main(["data", "phantom", "--size", "16"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["synthetic"] is True
+    assert described["frame"] == [1, 16, 16]
+    assert described["classes"] == ["normal", "mass"]
+
+
+def test_keygen_makes_a_private_key_and_never_overwrites_it(tmp_path, capsys):
+    path = tmp_path / "keys" / "signing.key"
+    assert main(["keygen", str(path)]) == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    public = path.with_name("signing.key.pub")
+    assert str(public) in capsys.readouterr().out
+    assert read_signing_key(path).public_key() == read_trusted_key(public)
+    before = path.read_bytes(), public.read_bytes()
+    assert "exists already" in refused(["keygen", str(path)], capsys)
+    assert (path.read_bytes(), public.read_bytes()) == before
+
+
+def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("splitward.data.open_dataset", interrupted)
+    assert main(["data", "phantom"]) == 130
+    assert capsys.readouterr().err == "splitward: interrupted.\n"
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    code = "import sys, splitward.cli; print({'torch', 'onnxruntime', 'fastapi', 'cv2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_missing_signing_key_is_explained(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert "cannot be used" in refused(["export", str(tmp_path), "--out", str(tmp_path / "x.bundle")], capsys)
+    assert not list(Path(tmp_path).glob("*.bundle"))

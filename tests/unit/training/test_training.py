@@ -1,0 +1,236 @@
+"""The training loop on a tiny data set: the same bits every time, after interruptions too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from splitward.data import Dataset, phantom
+from splitward.errors import TrainingError
+from splitward.method.split import DEFENCES, SplitSettings
+from splitward.training import loop
+from splitward.training.loop import train
+from splitward.training.run import Run, open_run
+from splitward.training.settings import RunSettings, release_law, split_settings
+
+PROFILES = tuple(DEFENCES)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """56 training images of 28x28, the last batch a single one."""
+    return phantom.load("mass", 28, seed=0, count=82)
+
+
+def settings_for(dataset: Dataset, profile: str = "sealed", **changes) -> RunSettings:
+    split = split_settings(dataset, profile)
+    return replace(RunSettings("phantom", None, 28, split, epochs=3, batch=len(dataset.train) // 2), **changes)
+
+
+def run_of(dataset: Dataset, folder: Path, profile: str = "sealed", **changes) -> Run:
+    return train(dataset, settings_for(dataset, profile, **changes), folder, progress=False)
+
+
+def same(one: Run, other: Run) -> bool:
+    """Whether two runs ended with the same bits and the same metrics, times apart."""
+    ours, theirs = load_file(one.weights), load_file(other.weights)
+    assert ours.keys() == theirs.keys()
+    timeless = [[line | {"seconds": 0} for line in run.read_metrics()] for run in (one, other)]
+    return timeless[0] == timeless[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_of(dataset, tmp_path_factory.mktemp("run"))
+
+
+def test_one_seed_gives_the_same_bits_and_another_does_not(dataset, finished, tmp_path):
+    torch.manual_seed(99)  # the state outside does not matter
+    again = run_of(dataset, tmp_path / "again")
+    assert same(again, finished)
+    other = run_of(dataset, tmp_path / "other", seed=1)
+    assert not same(other, finished)
+
+
+def test_training_leaves_torch_as_it_was(dataset, tmp_path):
+    torch.manual_seed(5)
+    before, expected = torch.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    run_of(dataset, tmp_path, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.are_deterministic_algorithms_enabled() == expected
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_trains_and_its_run_folder_is_whole(dataset, profile, tmp_path):
+    run = run_of(dataset, tmp_path, profile, epochs=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curve.png", "metrics.jsonl", "run.json", "weights.safetensors",
+    ]  # fmt: skip
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    epoch, final = run.read_metrics()
+    streams = {"attacked", "recovered", "fused", "decision"}
+    assert epoch["epoch"] == 1
+    assert epoch["loss"] > 0
+    assert set(epoch["validation"]) == set(final["test"]) == streams
+    assert sorted(final["weights"]) == [0.2, 0.3, 0.5]
+    reopened = open_run(tmp_path)
+    assert reopened == run
+    assert reopened.card["images"]["train"] == len(dataset.train)
+    network = reopened.load_network()
+    assert not network.training
+    assert loop.evaluate(network, dataset.test) == final["test"]
+
+
+def test_no_pickle_is_written_and_none_is_read(finished):
+    for path in finished.folder.iterdir():
+        assert path.suffix in {".json", ".jsonl", ".png", ".safetensors"}
+        assert not path.read_bytes().startswith((b"PK", b"\x80"))
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Let the loop's `name` raise at its `call`th call."""
+    original, calls = getattr(loop, name), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "epochs_kept"),
+    [
+        ("_train_epoch", 1, 0),  # in the first epoch: no checkpoint yet
+        ("evaluate", 2, 1),  # after the second epoch's steps
+        ("save_checkpoint", 2, 1),  # after its line of metrics
+        ("evaluate", 5, 3),  # while the test metrics are made
+        ("save_tensors", 1, 3),  # after their line was written
+    ],
+)
+def test_an_interrupted_training_ends_with_the_same_bits(
+    dataset, finished, tmp_path, monkeypatch, name, call, epochs_kept
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(dataset, tmp_path)
+    stopped = open_run(tmp_path)
+    assert not stopped.finished
+    with pytest.raises(TrainingError, match="has not finished"):
+        stopped.load_network()
+    done = []
+    original = loop._train_epoch
+    monkeypatch.setattr(loop, "_train_epoch", lambda *a: done.append(a[4]) or original(*a))
+    resumed = run_of(dataset, tmp_path)
+    assert done == list(range(epochs_kept, 3))
+    assert same(resumed, finished)
+    assert [line.get("epoch") for line in resumed.read_metrics()] == [1, 2, 3, None]
+    assert not resumed.checkpoint.exists()
+
+
+def test_a_finished_run_is_returned_untouched(dataset, tmp_path):
+    run = run_of(dataset, tmp_path, "none", epochs=1)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert run_of(dataset, tmp_path, "none", epochs=1) == run
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_with_another_run_is_refused(dataset, finished):
+    with pytest.raises(TrainingError, match="other settings"):
+        run_of(dataset, finished.folder, seed=7)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {"depth": 3}, "card": {}}'])
+def test_a_damaged_run_file_is_explained(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match="cannot be used"):
+        open_run(tmp_path)
+
+
+def test_a_folder_without_a_run_is_explained(tmp_path):
+    with pytest.raises(TrainingError, match="not a run folder"):
+        open_run(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 4096, -1])
+def test_a_damaged_checkpoint_is_explained(dataset, tmp_path, monkeypatch, keep):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "evaluate", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(dataset, tmp_path)
+    checkpoint = open_run(tmp_path).checkpoint
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    with pytest.raises(TrainingError, match="damaged .* Delete it"):
+        run_of(dataset, tmp_path)
+    checkpoint.unlink()
+    assert run_of(dataset, tmp_path).finished
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_training_that_diverges_is_stopped(dataset, tmp_path, profile):
+    with pytest.raises(TrainingError, match="not finite in epoch 1; give a smaller --learning-rate"):
+        run_of(dataset, tmp_path, profile, learning_rate=1e12)
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_the_learning_rate_rises_and_falls(dataset):
+    settings = settings_for(dataset, learning_rate=1.0)
+    rates = [loop.one_cycle(settings, at / 1000) for at in range(1001)]
+    assert max(rates) == pytest.approx(1, abs=1e-6)
+    assert rates.index(max(rates)) == 200
+    assert rates[0] > 0
+    assert rates[-1] == 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_settings_survive_json(dataset, profile):
+    settings = settings_for(dataset, profile)
+    assert RunSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    assert SplitSettings.from_dict(json.loads(json.dumps(settings.split.to_dict()))) == settings.split
+
+
+def test_settings_follow_profile_and_frames(dataset):
+    sealed = split_settings(dataset, "sealed", seal={"values": 8, "sigma": None}, saliency={"eps": 0.2})
+    assert sealed.defence.values == sealed.network.sealed_values == 8
+    assert sealed.defence.sigma == DEFENCES["sealed"].sigma
+    assert sealed.defence.map.eps == 0.2
+    assert (sealed.network.size, sealed.network.recovery) == ("small", "low_rank_sparse")
+    law = release_law(sealed.network, sealed.defence)
+    assert (law.dtype, law.shape, law.scale) == ("int8", (8,), sealed.scale)
+    large = split_settings(phantom.load("mass", 64, seed=0, count=10), "sealed")
+    assert (large.network.size, large.network.sealed_values) == ("residual", 64)
+    plain = split_settings(dataset, "none")
+    assert not plain.network.mapped
+    assert release_law(plain.network, plain.defence).dtype == "float32"
+    assert split_settings(dataset, "psgl").network.recovery == "svt"
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes", "message"),
+    [
+        ("secret", {}, "choose none, psgl, sealed"),
+        ("none", {"seal": {"values": 8}}, "has no seal"),
+        ("psgl", {"seal": {"sigma": 0.1}}, "has no seal"),
+        ("none", {"saliency": {"eps": 0.1}}, "has no map"),
+    ],
+)
+def test_what_a_profile_does_not_have_is_refused(dataset, profile, changes, message):
+    with pytest.raises(TrainingError, match=message):
+        split_settings(dataset, profile, **changes)
+
+
+def test_frames_that_fit_no_network_are_refused(dataset):
+    odd = phantom.load("mass", 30, seed=0, count=10)
+    with pytest.raises(TrainingError, match="Give another --size"):
+        split_settings(odd, "none")
+    flat = replace(dataset, train=replace(dataset.train, images=dataset.train.images[:, :, :14]))
+    with pytest.raises(TrainingError, match="--size"):
+        split_settings(flat, "none")
