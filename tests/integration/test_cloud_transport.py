@@ -75,13 +75,15 @@ async def send_until_delivered(device, inbox, payload: bytes) -> Delivery:
                 continue
 
 
-async def test_what_is_unacknowledged_comes_again_after_a_reconnect(broker):
-    async with device_at(broker) as (device, _):
-        async with transport_to(broker) as (transport, inbox):
+# The embedded broker (rumqttd) panics when a session with a shared subscription is resumed or left: it serves
+# the demo, where neither happens before its end.
+async def test_what_is_unacknowledged_comes_again_after_a_reconnect(mosquitto):
+    async with device_at(mosquitto) as (device, _):
+        async with transport_to(mosquitto) as (transport, inbox):
             transport.acknowledge(await send_until_delivered(device, inbox, b"done"))
             device.publish(TOPIC, b"open", qos=1)
             assert (await asyncio.wait_for(inbox.get(), 5)).payload == b"open"
-        async with transport_to(broker) as (transport, inbox):
+        async with transport_to(mosquitto) as (transport, inbox):
             again = await asyncio.wait_for(inbox.get(), 5)
             assert again.payload == b"open"
             transport.acknowledge(again)
@@ -138,8 +140,8 @@ async def test_no_more_is_in_flight_than_the_configuration_allows(mosquitto):
         assert await asyncio.wait_for(inbox.get(), 5)
 
 
-async def test_after_unsubscribing_nothing_more_comes_and_replies_still_leave(broker):
-    async with device_at(broker) as (device, replies), transport_to(broker) as (transport, inbox):
+async def test_after_unsubscribing_nothing_more_comes_and_replies_still_leave(mosquitto):
+    async with device_at(mosquitto) as (device, replies), transport_to(mosquitto) as (transport, inbox):
         transport.acknowledge(await send_until_delivered(device, inbox, b"first"))
         while not inbox.empty():
             transport.acknowledge(inbox.get_nowait())

@@ -1,0 +1,179 @@
+"""The release: quantisation, and the noise that only the device's secret can predict."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from splitward.wire.message import Activation, decode, encode
+from splitward.wire.release import NOISE_REACH, ReleaseLaw, keyed_noise, release
+from splitward.wire.tensor import dequantise, quantise
+
+SECRET = bytes(range(32))
+LAW = ReleaseLaw((16,), "int8", bound=1.0, sigma=0.3)
+ACTIVATION = np.linspace(-1, 1, 16, dtype=np.float32)
+RELEASED = [-51, -84, -80, -12, -56, -14, -45, -38, 5, -3, 35, 7, 53, 66, 37, 87]
+ODD_NOISE = [0.5459080654954328, -1.2477313445711558, 0.19961252807708701]
+DRAWS, SIZE = 400, 64
+
+
+def specified_noise(secret: bytes, clean: list[int]) -> list[float]:
+    """docs/wire.md, section 2, in plain Python: a second reading of the text."""
+    count = len(clean) + len(clean) % 2
+    key = hmac.new(secret, bytes(value & 0xFF for value in clean), hashlib.sha256).digest()
+    stream = hashlib.shake_256(key).digest(8 * count)
+    words = [int.from_bytes(stream[at : at + 8], "little") for at in range(0, 8 * count, 8)]
+    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in words]
+    pairs = list(zip(uniform[: count // 2], uniform[count // 2 :], strict=True))
+    cosines = [math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v) for u, v in pairs]
+    sines = [math.sqrt(-2 * math.log(u)) * math.sin(2 * math.pi * v) for u, v in pairs]
+    return (cosines + sines)[: len(clean)]
+
+
+def test_golden_release() -> None:
+    assert release(ACTIVATION, LAW, SECRET).tolist() == RELEASED
+
+
+def test_golden_noise_of_an_odd_count() -> None:
+    assert keyed_noise(SECRET, np.array([-127, 0, 127], np.int8)) == pytest.approx(ODD_NOISE, rel=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=32, max_size=32), st.lists(st.integers(-127, 127), min_size=1, max_size=40))
+def test_noise_is_what_the_specification_says(secret: bytes, clean: list[int]) -> None:
+    noise = keyed_noise(secret, np.array(clean, np.int8))
+    assert noise == pytest.approx(specified_noise(secret, clean), rel=1e-9, abs=1e-9)
+
+
+def test_noise_depends_on_values_in_c_order_and_takes_their_shape() -> None:
+    clean = np.arange(24, dtype=np.int8).reshape(2, 3, 4)
+    noise = keyed_noise(SECRET, clean)
+    assert noise.shape == clean.shape
+    assert noise.ravel().tolist() == keyed_noise(SECRET, clean.ravel()).tolist()
+    assert noise.tolist() == keyed_noise(SECRET, np.asfortranarray(clean)).tolist()
+
+
+def test_the_same_frame_carries_the_same_noise() -> None:
+    first = release(ACTIVATION, LAW, SECRET)
+    assert all((release(ACTIVATION.copy(), LAW, SECRET) == first).all() for _ in range(5))
+
+
+def test_another_secret_gives_other_noise() -> None:
+    clean = quantise(ACTIVATION, LAW.grid)
+    for bit in (0, 100, 255):
+        other = (int.from_bytes(SECRET, "big") ^ 1 << bit).to_bytes(32, "big")
+        assert (keyed_noise(other, clean) != keyed_noise(SECRET, clean)).all()
+
+
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_one_changed_grid_step_gives_other_noise_everywhere(place: int) -> None:
+    clean = quantise(ACTIVATION, LAW.grid)
+    changed = clean.copy()
+    changed[place] += 1 if changed[place] < 127 else -1
+    assert (keyed_noise(SECRET, changed) != keyed_noise(SECRET, clean)).all()
+
+
+def test_the_last_bits_of_a_float_do_not_change_the_noise() -> None:
+    source = np.random.default_rng(1)
+    steps = source.integers(-126, 127, (200, 16)) + source.uniform(-0.49, 0.49, (200, 16))
+    for real in (steps * LAW.grid).astype(np.float32):
+        nudged = real + source.choice(np.array([-1e-7, 1e-7], np.float32), 16)
+        assert (nudged != real).any()
+        assert (release(nudged, LAW, SECRET) == release(real, LAW, SECRET)).all()
+
+
+@pytest.fixture(scope="module")
+def noise() -> NDArray[np.float64]:
+    """Noise of `DRAWS` activations that differ in one grid step each, [DRAWS, SIZE]."""
+    clean = np.zeros((DRAWS, SIZE), np.int8)
+    clean[:, :2] = [divmod(number, 100) for number in range(DRAWS)]
+    return np.stack([keyed_noise(SECRET, row) for row in clean])
+
+
+def test_noise_has_mean_0_and_deviation_1(noise: NDArray[np.float64]) -> None:
+    count = noise.size
+    assert abs(noise.mean()) < 4 / math.sqrt(count)
+    assert abs(noise.std() - 1) < 4 / math.sqrt(2 * count)
+    assert np.abs(noise.mean(axis=0)).max() < 4.5 / math.sqrt(DRAWS)
+    assert np.abs(noise.mean(axis=1)).max() < 4.5 / math.sqrt(SIZE)
+
+
+def test_noise_is_normal(noise: NDArray[np.float64]) -> None:
+    for probability in (0.001, 0.02, 0.16, 0.5, 0.84, 0.98, 0.999):
+        below = float((noise < NormalDist().inv_cdf(probability)).mean())
+        assert abs(below - probability) < 4 * math.sqrt(probability * (1 - probability) / noise.size)
+
+
+def test_noise_is_independent(noise: NDArray[np.float64]) -> None:
+    """No correlation between places, between activations, or between squares of places (Box and Muller's pairs)."""
+    places = np.corrcoef(noise.T)[np.triu_indices(SIZE, 1)]
+    assert np.abs(places).max() < 5 / math.sqrt(DRAWS)
+    assert abs(places.mean()) < 4 / math.sqrt(DRAWS * places.size)
+    squares = np.corrcoef(noise.T**2)[np.triu_indices(SIZE, 1)]
+    assert abs(squares.mean()) < 4 / math.sqrt(DRAWS * squares.size)
+    neighbours = (noise[1:] * noise[:-1]).mean()
+    assert abs(neighbours) < 4 / math.sqrt(noise.size)
+
+
+def test_sigma_scales_the_noise() -> None:
+    law = ReleaseLaw((4096,), "int8", bound=1.0, sigma=0.3)
+    released = dequantise(release(np.zeros(4096, np.float32), law, SECRET), law.scale)
+    # Clipping at 3 + 1 / 0.3 standard deviations and rounding to scale change the deviation by less than 1 %.
+    assert released.std() == pytest.approx(0.3, rel=0.05)
+    assert abs(released.mean()) < 4 * 0.3 / 64
+
+
+def test_without_noise_the_activation_is_only_rounded() -> None:
+    law = ReleaseLaw((16,), "int8", bound=2.0)
+    released = release(ACTIVATION, law, SECRET)
+    assert np.abs(dequantise(released, law.scale) - ACTIVATION).max() <= law.grid / 2 + 1e-6
+
+
+def test_a_float32_law_releases_the_activation_as_it_is() -> None:
+    law = ReleaseLaw((16,), "float32", sigma=0.3)
+    assert release(ACTIVATION, law, SECRET) is ACTIVATION
+    assert law.scale == 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(0, 1e3))
+def test_the_scale_survives_the_wire(bound: float, sigma: float) -> None:
+    law = ReleaseLaw((16,), "int8", bound, sigma)
+    assert law.scale == pytest.approx((bound + NOISE_REACH * sigma) / 127, rel=1e-7)
+    released = release(ACTIVATION, law, SECRET)
+    message = encode(Activation("pi-4", bytes(16), 0, 0, bytes(16), released, law.scale))
+    assert decode(message).scale == law.scale
+
+
+def test_quantisation_rounds_ties_to_even_and_saturates() -> None:
+    real = np.array([-1e9, -127.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5, 1e9], np.float32)
+    assert quantise(real, 1.0).tolist() == [-127, -127, -2, 0, 0, 2, 2, 126, 127, 127]
+    assert quantise(real, 1.0, zero_point=10).tolist() == [-127, -118, 8, 10, 10, 12, 12, 127, 127, 127]
+
+
+def test_quantisation_divides_in_float64() -> None:
+    # 1.49999999 steps: 1 in float64, as in training; the quotient in float32 is 1.5, and rounds to 2.
+    real = np.array([0.0118110236], np.float32)
+    assert quantise(real, LAW.grid).tolist() == [round(float(real[0]) / LAW.grid)]
+    assert np.rint(real / np.float32(LAW.grid)) != quantise(real, LAW.grid)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(-127, 127), st.floats(2.0**-60, 2.0**60, width=32), st.integers(-50, 50))
+def test_dequantisation_is_undone_by_quantisation(stored: int, scale: float, zero_point: int) -> None:
+    values = np.array([stored], np.int8)
+    real = dequantise(values, scale, zero_point)
+    assert real.dtype == np.float32
+    assert quantise(real, scale, zero_point).tolist() == [stored]
+
+
+def test_dequantisation_leaves_float32_alone() -> None:
+    assert dequantise(ACTIVATION, 0.5, 3) is ACTIVATION

@@ -1,0 +1,228 @@
+"""A trained run becomes a bundle that a device runs and a server half that the cloud loads."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import load_file
+
+from edge.config import RuntimeConfig
+from edge.model import ClientModel
+from edge.runtime import load_runtime
+from export import exporter
+from export.exporter import export_run
+from export.parity import FLOAT32_TOLERANCE, check_parity
+from splitward.data import Dataset, phantom
+from splitward.errors import BundleError, ExportError, TrainingError
+from splitward.method.halves import build_server
+from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
+from splitward.method.split import SplitNetwork
+from splitward.training.loop import frames_of, to_unit, train
+from splitward.training.run import Run, create_run
+from splitward.training.settings import RunSettings, release_law, split_settings
+from splitward.wire.bundle import Bundle, read_bundle
+from splitward.wire.server import read_server_card, server_card_path
+
+pytestmark = pytest.mark.slow
+VARIANTS = ("onnx-float32", "onnx-int8", "tflite-float32", "tflite-int8")
+SECRET = bytes(32)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run of a few steps and its bundle."""
+
+    run: Run
+    dataset: Dataset
+    network: SplitNetwork
+    path: Path
+    key: Ed25519PrivateKey
+    model: bytes
+
+    @property
+    def bundle(self) -> Bundle:
+        return read_bundle(self.path, self.key.public_key())
+
+
+@pytest.fixture(scope="module")
+def export_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Train and export one profile on few phantoms; INT8_COST does not matter to so small a network."""
+
+    def make(profile: str) -> Exported:
+        folder = tmp_path_factory.mktemp(profile)
+        dataset = phantom.load("mass", 28, seed=0, count=120)
+        settings = RunSettings("phantom", None, 28, split_settings(dataset, profile), epochs=1, batch=16)
+        run = train(dataset, settings, folder / "run", progress=False)
+        key = Ed25519PrivateKey.generate()
+        path = folder / "out" / "mass.bundle"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("export.parity.INT8_COST", 1.0)
+            model = export_run(run, dataset, path, key)
+        return Exported(run, dataset, run.load_network(), path, key, model)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sealed(export_profile: Callable[[str], Exported]) -> Exported:
+    return export_profile("sealed")
+
+
+def test_the_bundle_verifies_and_is_whole(sealed):
+    manifest = sealed.bundle.manifest
+    assert sealed.bundle.model == sealed.model
+    assert set(manifest.client) == set(VARIANTS)
+    assert set(manifest.saliency) == {"onnx", "tflite"}
+    assert set(manifest.files) == {*manifest.client.values(), *manifest.saliency.values(), *manifest.golden}
+    assert (manifest.name, manifest.task, manifest.classes) == ("mass", "mass", ("normal", "mass"))
+    assert (manifest.input.channels, manifest.input.height, manifest.input.width) == (1, 28, 28)
+    settings = sealed.run.settings.split
+    assert manifest.release == release_law(settings.network, settings.defence)
+    assert manifest.defence["profile"] == "sealed"
+    assert manifest.data["synthetic"] is True
+    assert manifest.metrics["test"] == sealed.run.read_metrics()[-1]["test"]
+    with pytest.raises(BundleError) as caught:
+        read_bundle(sealed.path, Ed25519PrivateKey.generate().public_key())
+    assert caught.value.reason == "bad_signature"
+
+
+def test_the_bundle_holds_nothing_of_the_server_half(sealed):
+    """The device, or who steals it, gets the client half and the saliency graph, and one frame."""
+    server_values = sum(value.numel() for value in sealed.network.server.state_dict().values())
+    assert all(len(data) < 4 * server_values for data in sealed.bundle.files.values())
+    assert not any(name.endswith(".safetensors") for name in sealed.bundle.files)
+
+
+def test_parity_is_recorded_for_every_variant(sealed):
+    parity = sealed.bundle.manifest.metrics["parity"]
+    assert set(parity) == set(VARIANTS)
+    for name, found in parity.items():
+        assert 0 <= found["accuracy"] <= 1
+        if name.endswith("float32"):
+            assert 0 <= found["max_error"] <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_device_loads_every_variant(sealed, variant):
+    backend, precision = variant.split("-")
+    model = ClientModel(sealed.bundle, RuntimeConfig(backend=backend, precision=precision), SECRET)
+    frames = to_unit(frames_of(sealed.dataset.test))
+    with torch.no_grad():
+        expected = sealed.network.client(sealed.network.attack(frames)).numpy()
+    activations = np.stack([model.activation(frame) for frame in frames.numpy()])
+    assert np.abs(activations - expected).max() < (1e-5 if precision == "float32" else 0.2)
+    released = model.release(frames[0].numpy())
+    assert released.dtype == np.int8
+    assert released.shape == (16,)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+def test_the_saliency_graph_is_torchs(sealed, backend):
+    data = sealed.bundle.files[sealed.bundle.manifest.saliency[backend]]
+    agree(sealed.network.saliency, data, backend, to_unit(frames_of(sealed.dataset.test)))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+def test_a_saliency_graph_with_odd_sides_a_mask_and_colour_is_torchs(backend):
+    """100 pixels: 50, 25, 13, 7."""
+    torch.manual_seed(0)
+    graph = Saliency(LocalClassifier(3, 100, 4), MapSettings(eps=0.2, gamma=0.25)).eval()
+    convert = exporter.to_onnx if backend == "onnx" else exporter.to_tflite
+    agree(graph, convert(graph, (3, 100, 100)), backend, torch.rand(4, 3, 100, 100))
+
+
+@torch.no_grad()
+def agree(graph: torch.nn.Module, data: bytes, backend: str, frames: torch.Tensor) -> None:
+    expected = graph(frames).numpy()
+    runtime = load_runtime(backend, data, threads=1)
+    found = np.stack([runtime.run(frame) for frame in frames.numpy()])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_golden_pair_is_the_float32_networks_own(sealed):
+    frame, activation = (
+        np.load(io.BytesIO(sealed.bundle.files[name]), allow_pickle=False)
+        for name in sealed.bundle.manifest.golden
+    )
+    np.testing.assert_array_equal(frame, to_unit(frames_of(sealed.dataset.validation))[0].numpy())
+    with torch.no_grad():
+        expected = sealed.network.client(sealed.network.attack(torch.from_numpy(frame[None])))[0].numpy()
+    np.testing.assert_array_equal(activation, expected)
+
+
+@torch.no_grad()
+def test_the_server_card_loads_as_the_trained_server_half(sealed):
+    card, weights = read_server_card(server_card_path(sealed.path))
+    assert bytes.fromhex(card.model) == sealed.model
+    assert card.release == sealed.bundle.manifest.release
+    server = build_server(card.network)
+    server.load_state_dict(load_file(weights), strict=True)
+    released = torch.randn(20, *card.release.shape)
+    for ours, theirs in zip(server.eval()(released), sealed.network.server(released), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_profile_without_a_map_exports_without_saliency(export_profile):
+    plain = export_profile("none")
+    assert plain.bundle.manifest.saliency == {}
+    assert plain.bundle.manifest.release.dtype == "float32"
+    assert plain.bundle.manifest.defence["map"] is None
+    model = ClientModel(plain.bundle, RuntimeConfig(), SECRET)
+    frame = to_unit(frames_of(plain.dataset.test))[:1]
+    with torch.no_grad():
+        expected = plain.network.client(frame)[0].numpy()
+    released = model.release(frame[0].numpy())
+    assert released.dtype == np.float32
+    np.testing.assert_allclose(released, expected, rtol=0, atol=1e-5)
+
+
+def test_the_same_run_gives_the_same_bundle(sealed, tmp_path, monkeypatch):
+    """Under SOURCE_DATE_EPOCH: manifest, signature and every graph, byte for byte."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.setattr("export.parity.INT8_COST", 1.0)
+    paths = [tmp_path / folder / "mass.bundle" for folder in ("one", "two")]
+    models = [export_run(sealed.run, sealed.dataset, path, sealed.key) for path in paths]
+    one, two = (contents(path) for path in paths)
+    assert json.loads(one["manifest.json"])["created_at"] == "2023-11-14T22:13:20+00:00"
+    assert [name for name in one if one[name] != two[name]] == []
+    assert models[0] == models[1]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert server_card_path(paths[0]).read_bytes() == server_card_path(paths[1]).read_bytes()
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_another_suffix_is_refused(sealed, tmp_path):
+    with pytest.raises(ExportError, match=r"ends in \.bundle"):
+        export_run(sealed.run, sealed.dataset, tmp_path / "mass.zip", sealed.key)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_is_refused(sealed, tmp_path):
+    unfinished = create_run(tmp_path / "run", sealed.run.settings, sealed.run.card)
+    with pytest.raises(TrainingError, match="has not finished"):
+        export_run(unfinished, sealed.dataset, tmp_path / "mass.bundle", sealed.key)
+
+
+def test_a_graph_that_does_something_else_is_never_shipped(sealed):
+    manifest, files = sealed.bundle.manifest, sealed.bundle.files
+    clients = {name: files[path] for name, path in manifest.client.items()}
+    saliency = {name: files[path] for name, path in manifest.saliency.items()}
+    frames = to_unit(frames_of(sealed.dataset.validation))
+    labels = sealed.dataset.validation.labels
+    torch.manual_seed(1)
+    other = SplitNetwork(sealed.run.settings.split).eval()
+    with pytest.raises(ExportError, match="onnx-float32 differs from the trained network"):
+        check_parity(other, manifest.release, clients, saliency, frames, labels)
