@@ -32,6 +32,9 @@ class BrokerConfig(msgspec.Struct, frozen=True):
         Workers of one group divide the activations among them.
     client_id : str
         One for each worker, and the same after a restart, so that the broker keeps its session.
+    session_expiry_s : int
+        How long the broker keeps the session of a worker that is away; 0 for the embedded broker, which dies of
+        a kept session with unacknowledged messages of a shared subscription.
     max_in_flight : int
         Most messages in hand, unacknowledged, at any time.
     max_packet_bytes : int
@@ -45,6 +48,7 @@ class BrokerConfig(msgspec.Struct, frozen=True):
     tls: TlsConfig | None = None
     group: str = "cloud"
     client_id: str = "splitward-cloud-1"
+    session_expiry_s: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 3600
     max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 128
     max_packet_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1 << 20
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+SMALLER_SIZES = (4, 8, 16)
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What the server half says of B frames.
@@ -63,8 +66,9 @@ class LocalEngine:
     paths : iterable of str
         Server cards, `NAME.server.json`.
     batch_size : int
-        Every batch is padded to this size: kernels differ by batch size in the last bits, and a frame's result
-        must not depend on its company.
+        Largest batch. Kernels may differ by batch size in the last bits, and a frame's result must not depend
+        on its company: every batch is padded to this size, or to a smaller one of `SMALLER_SIZES` that was
+        found at the start to give the same bits on this machine.
     threads : int
         Threads of torch.
 
@@ -80,6 +84,7 @@ class LocalEngine:
         self._weights = {bytes.fromhex(card.model): weights for card, weights in cards}
         self._networks: dict[bytes, nn.Module] = {}
         self._batch_size = batch_size
+        self._sizes: dict[bytes, list[int]] = {}
         self._threads = threads
         self._clock = clock
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -115,6 +120,7 @@ class LocalEngine:
             network = build_server(card.network)
             network.load_state_dict(load_file(weights), strict=True)
             self._networks[model] = network.eval()
+            self._sizes[model] = [self._batch_size]
             trial = self._infer(model, np.zeros((1, *card.release.shape), np.float32))
             if trial.decision.shape != (1, len(card.classes)):
                 raise ValueError(f"{trial.decision.shape[1]} scores for {len(card.classes)} classes")
@@ -123,12 +129,33 @@ class LocalEngine:
                 "unfit", f"{weights}: does not fit its card: {error}. Export the run again."
             ) from error
 
+        self._sizes[model] = [*self._sizes_alike(model, card), self._batch_size]
+
+    def _sizes_alike(self, model: bytes, card: ServerCard) -> list[int]:
+        """The smaller sizes whose results are, bit for bit, those of the full size."""
+        import torch
+
+        network = self._networks[model]
+        trial = torch.randn(self._batch_size, *card.release.shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            whole = network(trial)
+            return [
+                size
+                for size in SMALLER_SIZES
+                if size < self._batch_size
+                and all(
+                    torch.equal(part, full[:size])
+                    for part, full in zip(network(trial[:size]), whole, strict=True)
+                )
+            ]
+
     def _infer(self, model: bytes, activations: NDArray[np.float32]) -> Scores:
         import torch
 
         started_s = time.thread_time()
         count = len(activations)
-        padded = np.zeros((self._batch_size, *activations.shape[1:]), np.float32)
+        size = next(size for size in self._sizes[model] if size >= count)
+        padded = np.zeros((size, *activations.shape[1:]), np.float32)
         padded[:count] = activations
         with torch.inference_mode():
             outputs = self._networks[model](torch.from_numpy(padded))

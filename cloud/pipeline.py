@@ -109,37 +109,47 @@ class Pipeline:
         """Answer batch after batch."""
         while (batch := await self._batcher.take()) is not None:
             model, arrivals = batch
-            try:
-                await self._insist(self._engine.cards[model], arrivals)
-            except Exception:  # a fault of ours must not stop the service; the broker keeps the batch
-                self._metrics.failures.labels("pipeline").inc()
-                log.exception("a batch of %d was left unanswered", len(arrivals))
+            await self._insist(self._engine.cards[model], arrivals)
 
     async def _insist(self, card: ServerCard, arrivals: list[Arrival]) -> None:
         """Answer one batch, trying again while engine or store fail: what is behind it would fare no better."""
         backoff_s = FIRST_BACKOFF_S
-        while not await self._answer(card, arrivals) and not self._draining.is_set():
+        while True:
+            try:
+                await self._answer(card, arrivals)
+                break
+            except CloudError as error:
+                self.failing = str(error)
+                self._metrics.failures.labels("engine" if isinstance(error, EngineError) else "store").inc()
+                log.warning("a batch of %d cannot be answered now: %s", len(arrivals), error)
+            except Exception:  # a fault of ours must not stop the service
+                log.exception("a batch of %d is refused", len(arrivals))
+                await self._give_up(arrivals)
+                break
+            if self._draining.is_set():
+                break  # unacknowledged, so the broker keeps them
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    async def _answer(self, card: ServerCard, arrivals: list[Arrival]) -> bool:
-        """Deduplicate, infer, commit, reply, acknowledge; False when the engine or the store failed."""
+    async def _give_up(self, arrivals: list[Arrival]) -> None:
+        """Refuse a batch: unacknowledged, it would hold up every later acknowledgement."""
+        error = MessageError("internal_error", "the service failed on this frame; its log says how.")
+        for arrival in arrivals:
+            await self._refuse(arrival.delivery, arrival.activation, error)
+
+    async def _answer(self, card: ServerCard, arrivals: list[Arrival]) -> None:
+        """Deduplicate, infer, commit, reply, acknowledge; `CloudError` when the engine or the store fails."""
         cpu = self._metrics.cpu
         frames = {arrival.key: arrival for arrival in arrivals}
         answers: Answers = {}
-        try:
-            answers.update(await cpu.follow("store", self._store.find(frames.keys())))
-            fresh = [arrival for key, arrival in frames.items() if key not in answers]
-            answers.update(await self._decide(card, fresh) if fresh else {})
-            records = [answer for arrival in fresh if isinstance(answer := answers[arrival.key], Record)]
-            if records:
-                await cpu.follow("store", self._store.add(records))
-        except CloudError as error:
-            self.failing = str(error)
-            self._metrics.failures.labels("engine" if isinstance(error, EngineError) else "store").inc()
-            log.warning("a batch of %d is tried again: %s", len(arrivals), error)
-            return False
+        answers.update(await cpu.follow("store", self._store.find(frames.keys())))
+        fresh = [arrival for key, arrival in frames.items() if key not in answers]
+        if fresh:
+            answers.update(await self._decide(card, fresh))
+        records = [answer for arrival in fresh if isinstance(answer := answers[arrival.key], Record)]
+        if records:
+            await cpu.follow("store", self._store.add(records))
         self.failing = None
         self._feed.publish(records)
         for record in records:
@@ -149,7 +159,6 @@ class Pipeline:
         for arrival in arrivals:
             outcome = "stored" if arrival in first else "duplicate"
             await self._reply(arrival, answers[arrival.key], outcome)
-        return True
 
     async def _decide(self, card: ServerCard, arrivals: list[Arrival]) -> Answers:
         """Record of each arrival, or why it can never have one."""

@@ -22,7 +22,6 @@ from splitward.wire import topics
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
-SESSION_EXPIRY_S = 3600
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 
@@ -30,12 +29,13 @@ MAX_BACKOFF_S = 30.0
 class Delivery:
     """One message from the broker; it is redelivered until `Transport.acknowledge` is called with it."""
 
-    __slots__ = ("acknowledged", "payload", "topic")
+    __slots__ = ("acknowledged", "payload", "released", "topic")
 
     def __init__(self, topic: str, payload: bytes) -> None:
         self.topic = topic
         self.payload = payload
         self.acknowledged = asyncio.Event()
+        self.released = asyncio.Event()
 
 
 OnMessage = Callable[[Delivery], Awaitable[None]]
@@ -155,13 +155,14 @@ class _Connection:
         self._tls = tls
         self._on_message = on_message
         self._held: set[Delivery] = set()
+        self._latest: Delivery | None = None
         self._sent = PersistentStorage()
         self._client = _Client(
             config.client_id,
-            clean_session=False,
+            clean_session=config.session_expiry_s == 0,
             optimistic_acknowledgement=False,
             persistent_storage=self._sent,
-            session_expiry_interval=SESSION_EXPIRY_S,
+            session_expiry_interval=config.session_expiry_s,
             receive_maximum=config.max_in_flight,
             maximum_packet_size=config.max_packet_bytes,
         )
@@ -211,10 +212,14 @@ class _Connection:
         delivery = Delivery(topic, payload)
         self._held.add(delivery)
         self._read_on_if_room()
+        earlier, self._latest = self._latest, delivery
         try:
             await self._on_message(delivery)
             await delivery.acknowledged.wait()
+            if earlier is not None:  # acknowledgements follow the order of arrival (MQTT-4.6.0-2)
+                await earlier.released.wait()
         finally:
+            delivery.released.set()
             self._held.discard(delivery)
             self._read_on_if_room()
         return 0

@@ -33,7 +33,7 @@ STEPS = {"sealed": 1290, "none": 860, "psgl": 860}
 ATTACK_STEPS = 400
 BATCH = 128
 VARIANTS = ("onnx-float32", "onnx-int8", "tflite-int8")
-RATE_HZ = 100.0
+RATE_HZ = 40.0
 SERVE_RATE_HZ = 4.0
 
 

@@ -132,11 +132,25 @@ def saliency_map(alpha: Tensor, beta: Tensor, gamma: float = 1.0) -> Tensor:
     """Eq. 1, scaled to 1 at each frame's largest pixel: [B, C, H, W] in 0..1; all 0 where Eq. 1 is."""
     raw = F.relu(-alpha) * F.relu(beta)
     flat = raw.flatten(1)
+    # The floor only guards 0/0; it is far below any map of a trained classifier.
+    unit = flat / flat.amax(1, keepdim=True).clamp_min(1e-30)
     if gamma < 1:
         kept = max(1, round(gamma * flat.shape[1]))
-        flat = flat * (flat >= flat.topk(kept, dim=1).values[:, -1:]).to(flat.dtype)
-    # The floor only guards 0/0; it is far below any map of a trained classifier.
-    return (flat / flat.amax(1, keepdim=True).clamp_min(1e-30)).view_as(raw)
+        unit = unit * (unit >= _threshold(unit, kept)).to(unit.dtype)
+    return unit.view_as(raw)
+
+
+def _threshold(unit: Tensor, kept: int) -> Tensor:
+    """Where the `kept` largest of each row's values in 0..1 begin, to 20 bits: [B, 1].
+
+    By bisection: LiteRT has no kernel for the sort that topk becomes.
+    """
+    threshold = torch.zeros_like(unit[:, :1])
+    for bit in range(1, 21):
+        higher = threshold + 2.0**-bit
+        enough = (unit >= higher).to(unit.dtype).sum(1, keepdim=True) >= kept
+        threshold = torch.where(enough, higher, threshold)
+    return threshold
 
 
 class Saliency(nn.Module):

@@ -169,7 +169,8 @@ def _train_epoch(
             frames, wanted = to_unit(images[rows]), labels[rows]
             try:
                 step = network(frames)
-            except torch.linalg.LinAlgError as error:  # the recovery of an activation that overflowed
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not type it
+                # The recovery of an activation that overflowed.
                 raise _diverged(epoch) from error
             loss = losses(network, step, wanted)
             if not loss.isfinite():

@@ -140,9 +140,9 @@ def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bu
             raise BundleError("unsigned", f"{path}: has no {name}; take a bundle made by `splitward export`.")
     if sizes[MANIFEST] > 1 << 20 or sizes[SIGNATURE] != 64:
         raise BundleError("bad_manifest", f"{path}: manifest or signature has an impossible size.")
-    text = archive.read(MANIFEST)
+    text = _unpack(archive, MANIFEST, sizes[MANIFEST])
     try:
-        trusted.verify(archive.read(SIGNATURE), text)
+        trusted.verify(_unpack(archive, SIGNATURE, sizes[SIGNATURE]), text)
     except InvalidSignature:
         raise BundleError(
             "bad_signature",
@@ -174,10 +174,16 @@ def _read_file(
         raise BundleError(
             "oversize", f"{path}: {name} declares {sizes[name]} bytes, the manifest {entry.size}."
         )
-    data = archive.read(name)
+    data = _unpack(archive, name, entry.size)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise BundleError("bad_hash", f"{path}: {name} differs from what was signed. Fetch the bundle again.")
     return data
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
+    """The first `size` bytes of a file. `archive.read` would unpack the whole of a bomb, and then cut it."""
+    with archive.open(name) as file:
+        return file.read(size)
 
 
 def create_signing_key(path: Path) -> Ed25519PrivateKey:

@@ -32,7 +32,9 @@ def broker(request):
 @asynccontextmanager
 async def transport_to(broker, **changes) -> AsyncIterator[tuple[GmqttTransport, asyncio.Queue[Delivery]]]:
     """Connected transport, and the queue of what it delivers."""
-    transport = GmqttTransport(BrokerConfig(host=broker.host, port=broker.port, **changes))
+    expiry_s = 3600 if broker.kind == "mosquitto" else 0
+    config = BrokerConfig(host=broker.host, port=broker.port, session_expiry_s=expiry_s, **changes)
+    transport = GmqttTransport(config)
     inbox: asyncio.Queue[Delivery] = asyncio.Queue()
     await transport.start(inbox.put)
     await until(lambda: transport.connected)
@@ -140,13 +142,29 @@ async def test_no_more_is_in_flight_than_the_configuration_allows(mosquitto):
         assert await asyncio.wait_for(inbox.get(), 5)
 
 
+async def test_acknowledgements_keep_the_order_of_arrival(broker):
+    async with device_at(broker) as (device, _), transport_to(broker) as (transport, inbox):
+        transport.acknowledge(await send_until_delivered(device, inbox, b"first"))
+        while not inbox.empty():
+            transport.acknowledge(inbox.get_nowait())
+        for number in range(8):
+            device.publish(TOPIC, b"%d" % number, qos=1)
+        deliveries = [await asyncio.wait_for(inbox.get(), 5) for _ in range(8)]
+        for delivery in reversed(deliveries):
+            transport.acknowledge(delivery)
+        await until(lambda: all(delivery.released.is_set() for delivery in deliveries))
+        device.publish(TOPIC, b"next", qos=1)
+        assert (await asyncio.wait_for(inbox.get(), 5)).payload == b"next"
+        assert transport.connected  # the embedded broker disconnects who acknowledges out of order
+
+
 async def test_after_unsubscribing_nothing_more_comes_and_replies_still_leave(mosquitto):
     async with device_at(mosquitto) as (device, replies), transport_to(mosquitto) as (transport, inbox):
         transport.acknowledge(await send_until_delivered(device, inbox, b"first"))
         while not inbox.empty():
             transport.acknowledge(inbox.get_nowait())
         await transport.unsubscribe()
-        await transport.publish(REPLIES, b"last")  # the broker handles packets in their order
+        await transport.publish(REPLIES, b"last")  # mosquitto handles packets in their order
         assert await asyncio.wait_for(replies.get(), 5) == b"last"
         device.publish(TOPIC, b"late", qos=1)
         with pytest.raises(TimeoutError):

@@ -27,7 +27,6 @@ NETWORKS = {
     "residual": NetworkSettings("residual", 1, 64, 3, mapped=True, sealed_values=64),
     "unsealed": NetworkSettings("small", 1, 28, 10, mapped=True, recovery="svt"),
 }
-LAW = ReleaseLaw((16,), "int8", sigma=0.3)
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def engine_for(tmp_path: Path) -> Callable:
 def released(network: NetworkSettings, count: int, seed: int = 0) -> NDArray[np.float32]:
     """Random values on the release's grid."""
     steps = np.random.default_rng(seed).integers(-127, 128, (count, *network.release_shape))
-    return steps.astype(np.float32) * np.float32(LAW.scale)
+    return steps.astype(np.float32) * np.float32(0.015)
 
 
 def rows_of(scores: Scores) -> list[bytes]:
@@ -88,7 +87,7 @@ async def test_a_result_does_not_depend_on_company_or_position(engine_for, name,
     async with engine_for(network, batch_size, threads) as engine:
         alone = [rows_of(await engine.infer(MODEL, frames[row : row + 1]))[0] for row in range(batch_size)]
         assert len(set(alone)) == batch_size
-        for shift in range(batch_size):
+        for shift in range(0, batch_size, max(1, batch_size // 8)):
             order = (np.arange(batch_size) + shift) % batch_size
             together = rows_of(await engine.infer(MODEL, frames[order]))
             assert together == [alone[row] for row in order]

@@ -96,10 +96,11 @@ def test_the_bundle_verifies_and_is_whole(sealed):
 
 
 def test_the_bundle_holds_nothing_of_the_server_half(sealed):
-    """The device, or who steals it, gets the client half and the saliency graph, and one frame."""
-    server_values = sum(value.numel() for value in sealed.network.server.state_dict().values())
-    assert all(len(data) < 4 * server_values for data in sealed.bundle.files.values())
-    assert not any(name.endswith(".safetensors") for name in sealed.bundle.files)
+    """Whoever steals a device gets the client half, the saliency graph and one frame."""
+    matrices = [value for value in sealed.network.server.state_dict().values() if value.ndim > 1]
+    assert len(matrices) > 6
+    for data in sealed.bundle.files.values():
+        assert not any(matrix.numpy().tobytes()[:256] in data for matrix in matrices)
 
 
 def test_parity_is_recorded_for_every_variant(sealed):

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def one_torch_thread() -> Iterator[None]:
-    """On tiny matrices torch's threads wait for one another: on a busy machine 50 times longer than they work."""
+    """On a busy machine torch's threads wait for one another 50 times longer than tiny matrices take."""
     torch = sys.modules.get("torch")  # not imported here: most tests run without it
     if torch is None:
         yield

@@ -52,7 +52,13 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["train", "--data", "phantom"], ["train", "--data", "phantom", "--out", "r", "--epochs", "x"]]
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["train", "--data", "phantom"],
+        ["train", "--data", "phantom", "--out", "r", "--epochs", "x"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
@@ -76,7 +82,17 @@ def test_an_unknown_data_set_is_explained(capsys):
 
 
 def test_what_a_profile_does_not_have_is_refused(capsys, tmp_path):
-    arguments = ["train", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "run"), "--defence", "none"]
+    arguments = [
+        "train",
+        "--data",
+        "phantom",
+        "--size",
+        "28",
+        "--out",
+        str(tmp_path / "run"),
+        "--defence",
+        "none",
+    ]
     assert "none has no seal" in refused([*arguments, "--values", "8"], capsys)
     assert "none has no map" in refused([*arguments, "--eps", "0.1"], capsys)
     assert not (tmp_path / "run").exists()

@@ -69,7 +69,9 @@ def test_floors_by_hand():
     assert guesses[:, 0, 0, 0].tolist() == pytest.approx([1.0, 0.1, 0.4])  # class 1: the mean of all
 
 
-@pytest.mark.parametrize(("shape", "side"), [((16,), 28), ((4, 14, 14), 28), ((8, 7, 7), 28), ((6, 16, 16), 64)])
+@pytest.mark.parametrize(
+    ("shape", "side"), [((16,), 28), ((4, 14, 14), 28), ((8, 7, 7), 28), ((6, 16, 16), 64)]
+)
 @torch.no_grad()
 def test_the_decoder_makes_frames_from_any_release(shape, side):
     assert Decoder(shape, 3, side)(torch.randn(2, *shape)).shape == (2, 3, side, side)

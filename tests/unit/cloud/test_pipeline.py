@@ -230,14 +230,14 @@ async def test_a_status_is_kept_and_a_later_activation_does_not_erase_it(run_clo
     assert (device.site, device.device, device.status) == ("ward", "pi-1", status)
 
 
-async def test_a_fault_of_ours_stops_one_batch_and_not_the_service(cloud, monkeypatch):
+async def test_a_fault_of_ours_refuses_one_batch_and_does_not_stop_the_service(cloud, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("cloud.pipeline.dequantise", None)
-        lost = await cloud.send(cloud.activation(), answered=False)
-        while not cloud.metric("splitward_failures_total", part="pipeline"):
-            await asyncio.sleep(0)
+        await cloud.send(cloud.activation())
     await cloud.send(cloud.activation(1))
-    assert not lost.acknowledged.is_set()
+    refusal, result = (reply for _, reply in cloud.transport.published)
+    assert refusal.reason == "internal_error"
+    assert isinstance(result, Result)
 
 
 async def test_cpu_time_is_accounted_by_part(cloud):

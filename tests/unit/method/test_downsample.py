@@ -50,4 +50,8 @@ def test_the_folded_stem_equals_what_it_folds(channels, mapped, bias):
 @pytest.mark.parametrize("changed", [{"kernel_size": 5}, {"stride": 2}, {"padding": 0}, {"groups": 2}])
 def test_another_stem_is_refused(changed):
     with pytest.raises(ValueError, match="3x3 convolution"):
-        fold_stem(nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, "padding": 1} | changed), 1, False)
+        fold_stem(
+            nn.Conv2d(**{"in_channels": 4, "out_channels": 8, "kernel_size": 3, "padding": 1} | changed),
+            1,
+            False,
+        )

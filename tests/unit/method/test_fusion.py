@@ -28,8 +28,7 @@ def test_decision_is_eq_9_to_11():
     total = W_g * 0.7 + W_r * 0.6 + W_b * 0.5
     gamma, rho = W_g * 0.7 / total, W_r * 0.6 / total
     expected = [
-        gamma * r + rho * f + (1 - gamma - rho) * a
-        for r, f, a in zip(recovered, fused, attacked, strict=True)
+        gamma * r + rho * f + (1 - gamma - rho) * a for r, f, a in zip(recovered, fused, attacked, strict=True)
     ]
     decision = decision_fusion(torch.tensor([[recovered, fused, attacked]]), torch.tensor(INITIAL_WEIGHTS))
     assert decision[0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -55,7 +54,11 @@ def test_agreeing_streams_decide_what_they_say():
 
 @pytest.mark.parametrize(
     ("accuracies", "weights"),
-    [((0.9, 0.8, 0.7), (0.5, 0.3, 0.2)), ((0.7, 0.8, 0.9), (0.2, 0.3, 0.5)), ((0.8, 0.9, 0.1), (0.3, 0.5, 0.2))],
+    [
+        ((0.9, 0.8, 0.7), (0.5, 0.3, 0.2)),
+        ((0.7, 0.8, 0.9), (0.2, 0.3, 0.5)),
+        ((0.8, 0.9, 0.1), (0.3, 0.5, 0.2)),
+    ],
 )
 def test_weights_are_dealt_out_by_rank(accuracies, weights):
     assert rank_weights(accuracies) == weights

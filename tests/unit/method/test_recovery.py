@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -132,7 +134,7 @@ def test_fista_reaches_the_optimum_and_the_gap_says_how_near_it_is():
         values.append(objective(Z, L, S, mu, lam))
         gaps.append(duality_gap(Z, L, S, mu, lam))
         assert (values[-1] - best <= gaps[-1] + 1e-9).all()
-    assert all((later <= earlier + 1e-9).all() for earlier, later in zip(values, values[1:], strict=False))
+    assert all((later <= earlier + 1e-9).all() for earlier, later in pairwise(values))
     assert (gaps[-1] < 1e-6 * values[-1]).all()
     assert (gaps[0] > 1000 * gaps[-1]).all()
 

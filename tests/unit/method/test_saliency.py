@@ -113,6 +113,15 @@ def test_gamma_keeps_the_largest_fraction(gamma, kept):
     torch.testing.assert_close(unit_map, expected)
 
 
+@pytest.mark.parametrize("gamma", [0.05, 0.3, 0.9])
+def test_gamma_keeps_what_topk_keeps(gamma):
+    alpha, beta = classifier_for(3, 28).products(frames_for(3, 28), "logits")
+    whole, masked = (saliency_map(alpha, beta, fraction).flatten(1) for fraction in (1.0, gamma))
+    kept = round(gamma * whole.shape[1])
+    smallest = whole.topk(kept, dim=1).values[:, -1:]
+    torch.testing.assert_close(masked, torch.where(whole >= smallest, whole, 0), rtol=0, atol=2e-6)
+
+
 def test_the_classifier_has_no_pooling():
     kinds = {type(module) for module in LocalClassifier(1, 64, 3).modules()}
     assert kinds <= {LocalClassifier, nn.Sequential, nn.Conv2d, nn.Linear}

@@ -148,7 +148,9 @@ def test_a_folder_with_another_run_is_refused(dataset, finished):
         run_of(dataset, finished.folder, seed=7)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {"depth": 3}, "card": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"settings": {}}', '{"settings": {"depth": 3}, "card": {}}']
+)
 def test_a_damaged_run_file_is_explained(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(TrainingError, match="cannot be used"):
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_is_explained(dataset, tmp_path, monkeypatch, keep)
             run_of(dataset, tmp_path)
     checkpoint = open_run(tmp_path).checkpoint
     checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
-    with pytest.raises(TrainingError, match="damaged .* Delete it"):
+    with pytest.raises(TrainingError, match=r"damaged .* Delete it"):
         run_of(dataset, tmp_path)
     checkpoint.unlink()
     assert run_of(dataset, tmp_path).finished
