@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
 
 import msgspec
@@ -16,12 +17,13 @@ KEEP_ALIVE_S = 15.0
 _encoder = msgspec.json.Encoder()
 
 
-class Reader:
+class _Reader:
     """One open stream: the events that it has not read yet, and how many it missed."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUE_SIZE)
+        self.events: deque[bytes] = deque()
         self.missed = 0
+        self.wake = asyncio.Event()
 
 
 class Feed:
@@ -29,8 +31,8 @@ class Feed:
 
     def __init__(self, dropped: Counter) -> None:
         self._dropped = dropped
-        self._readers: set[Reader] = set()
-        self._closed = asyncio.Event()
+        self._readers: set[_Reader] = set()
+        self._closed = False
 
     @property
     def full(self) -> bool:
@@ -44,34 +46,36 @@ class Feed:
         for record in records:
             event = b"event: result\ndata: " + _encoder.encode(record) + b"\n\n"
             for reader in self._readers:
-                if reader.queue.full():
+                if len(reader.events) < QUEUE_SIZE:
+                    reader.events.append(event)
+                else:
                     reader.missed += 1
                     self._dropped.inc()
-                else:
-                    reader.queue.put_nowait(event)
+                reader.wake.set()
 
     def close(self) -> None:
         """End every stream; an open one would hold up the shutdown of the server."""
-        self._closed.set()
+        self._closed = True
+        for reader in self._readers:
+            reader.wake.set()
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Events of one reader, until it leaves or the feed closes; a comment keeps an idle one open."""
-        reader = Reader()
+        reader = _Reader()
         self._readers.add(reader)
-        closed = asyncio.create_task(self._closed.wait())
         try:
             yield b": open\n\n"
-            while not closed.done():
-                arrival = asyncio.create_task(reader.queue.get())
-                await asyncio.wait((arrival, closed), timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
-                if arrival.done():
-                    yield arrival.result()
-                else:
-                    arrival.cancel()
+            while not self._closed:
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        await reader.wake.wait()
+                except TimeoutError:
                     yield b": idle\n\n"
+                reader.wake.clear()
+                while reader.events:
+                    yield reader.events.popleft()
                 if reader.missed:
                     missed, reader.missed = reader.missed, 0
                     yield b"event: missed\ndata: %d\n\n" % missed
         finally:
-            closed.cancel()
             self._readers.discard(reader)

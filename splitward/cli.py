@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ DEFAULT_KEY = Path("~/.config/splitward/signing.key")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; an explained error exits with 2, without a traceback."""
+    # Before torch loads: threads that spin while they wait make small steps far slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -18,6 +18,7 @@ from firmware_sim.broker import Broker, find_mosquitto, start_broker
 from splitward.wire.bundle import InputSpec, Manifest, create_signing_key, public_key_path, write_bundle
 from splitward.wire.release import ReleaseLaw
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
 KINDS = ("onnx", "tflite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 

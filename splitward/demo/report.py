@@ -16,9 +16,10 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; padding: 0; list-style: none; }
-.tiles li { flex: 1 1 8rem; background: var(--soft); border-radius: .6rem; padding: .7rem 1rem; }
+.tiles li { flex: 1 1 9rem; background: var(--soft); border-radius: .6rem; padding: .7rem 1rem; }
 .tiles b { display: block; font-size: 1.4rem; color: var(--strong); }
 img { max-width: 100%; background: white; border-radius: .4rem; }
 footer { margin-top: 2.5rem; opacity: .75; font-size: .85rem; }
@@ -68,7 +69,7 @@ def write_report(summary: dict[str, Any], picture: Path, path: Path) -> None:
     ]  # fmt: skip
     parts = [
         f"<h1>Splitward on {html.escape(data['name'])}</h1>",
-        f"<p>Task {html.escape(data['task'])}; images {html.escape(str(data['images']))}; licence "
+        f"<p>Task {html.escape(data['task'])}; images {_counts(data['images'])}; licence "
         f"{html.escape(data['licence'])}.{synthetic}</p>",
         '<ul class="tiles">' + "".join(f"<li>{_text(k)}<b>{_text(v)}</b></li>" for k, v in tiles) + "</ul>",
         "<h2>What a decoder sees</h2>",
@@ -84,7 +85,7 @@ def write_report(summary: dict[str, Any], picture: Path, path: Path) -> None:
         ),
         "<h2>How it was made</h2>",
         f"<p><code>{_text(summary['command'])}</code>, seed {summary['seed']}, "
-        f"epochs {_text(summary['epochs'])}, broker {_text(summary['broker'])}, {summary['wall_s']} s.</p>",
+        f"epochs {_counts(summary['epochs'])}, broker {_text(summary['broker'])}, {summary['wall_s']} s.</p>",
         _table(["package", "version"], [[k, v] for k, v in summary["versions"].items()]),
         "<footer>Splitward is research software and not a medical device.</footer>",
     ]
@@ -103,6 +104,10 @@ def _device_rows(summary: dict[str, Any]) -> list[list[str]]:
         + [f"{one['p50_ms']:.1f}", f"{one['p95_ms']:.1f}"]
         for one in summary["devices"]
     ]
+
+
+def _counts(values: dict[str, int]) -> str:
+    return _text(", ".join(f"{name} {count}" for name, count in values.items()))
 
 
 def _text(value: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
@@ -16,11 +17,15 @@ class Bottleneck(nn.Module):
     def __init__(self, activation_shape: tuple[int, int, int], values: int) -> None:
         super().__init__()
         channels, height, width = activation_shape
-        self.dense = nn.Linear(channels * height * width, values)
+        # Large activations are averaged to about 8x8 first: a dense layer on all of it would be heavier than
+        # the server half.
+        self.pool = max(1, height // 8)
+        self.dense = nn.Linear(channels * (height // self.pool) * (width // self.pool), values)
 
     def forward(self, activation: Tensor) -> Tensor:
         """Bounded values [B, k]."""
-        return torch.tanh(self.dense(activation.flatten(1)))
+        pooled = F.avg_pool2d(activation, self.pool) if self.pool > 1 else activation
+        return torch.tanh(self.dense(pooled.flatten(1)))
 
 
 class Seal(nn.Module):
@@ -63,7 +68,7 @@ def conditional_entropy(bounded: Tensor, labels: Tensor, classes: int, sigma: fl
     bounded : Tensor, [B, k]
     labels : Tensor, int64 [B]
     """
-    one_hot = torch.nn.functional.one_hot(labels, classes).to(bounded.dtype)
+    one_hot = F.one_hot(labels, classes).to(bounded.dtype)
     counts = one_hot.sum(0).clamp_min(1)
     means = (one_hot.T @ bounded) / counts[:, None]
     deviations = (bounded - means[labels]).square()

@@ -32,7 +32,9 @@ NOISE_SEED = 20260101
 
 
 def train(dataset: Dataset, settings: RunSettings, folder: Path, *, progress: bool = True) -> Run:
-    """Train, or go on with, the run in `folder`. On one machine the same settings give the same bits.
+    """Train, or go on with, the run in `folder`.
+
+    On one machine, and with as many threads, the same settings give the same bits.
 
     An interrupted run goes on after its last finished epoch and ends with the very weights that it would have
     had; a finished run is returned as it is.

@@ -46,6 +46,13 @@ class RunSettings:
         """Plain values for JSON."""
         return asdict(self)
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2 or self.learning_rate <= 0:
+            raise TrainingError(
+                f"epochs {self.epochs}, batch {self.batch}, learning rate {self.learning_rate}: give at least "
+                "1 epoch, batches of at least 2 (batch normalisation needs two), and a positive rate."
+            )
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> RunSettings:
         """Inverse of `to_dict`; `TypeError` or `KeyError` when the values do not fit."""

@@ -102,10 +102,12 @@ def verdict(path: Path, data: bytes, original: Bundle) -> str:
     try:
         bundle = read_bundle(path, KEY.public_key())
     except BundleError as error:
-        assert error.reason in REASONS
-        return error.reason
-    assert bundle == original
-    return "ok"
+        reason = error.reason
+    else:
+        assert bundle == original
+        reason = "ok"
+    assert reason in REASONS | {"ok"}
+    return reason
 
 
 @pytest.fixture
@@ -151,14 +153,13 @@ def test_one_changed_byte_of_a_file_gives_another_model_id(tmp_path: Path) -> No
 
 
 def test_a_tampered_byte_anywhere(bundle: Path, tmp_path: Path) -> None:
-    """It is refused, unless it is one that says nothing, such as a time of change or the bits that pad a stream."""
+    """It is refused, unless it says nothing, such as a time of change or the bits that pad a stream."""
     whole, original = bundle.read_bytes(), read_bundle(bundle, KEY.public_key())
     seen = set()
     for offset in range(len(whole)):
-        for change in (0x01, 0xFF):
-            mutated = bytearray(whole)
-            mutated[offset] ^= change
-            seen.add(verdict(tmp_path / "tampered", bytes(mutated), original))
+        mutated = bytearray(whole)
+        mutated[offset] ^= (0x01, 0x80, 0xFF)[offset % 3]
+        seen.add(verdict(tmp_path / "tampered", bytes(mutated), original))
     assert {"ok", "unreadable", "unsigned", "extra_file", "oversize"} <= seen
 
 

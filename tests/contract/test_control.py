@@ -90,10 +90,11 @@ def verdict(payload: bytes, kind: type[Control]) -> str:
     try:
         message = decode(payload, kind)
     except MessageError as error:
-        assert error.reason in {"bad_json", "oversize"}
-        return error.reason
-    assert decode(encode_control(message), kind) == message
-    return "ok"
+        reason = error.reason
+    else:
+        assert decode(encode_control(message), kind) == message
+        reason = "ok"
+    return reason
 
 
 @pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=["result", "refusal", "status"])

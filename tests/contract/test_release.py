@@ -113,7 +113,7 @@ def test_noise_is_normal(noise: NDArray[np.float64]) -> None:
 
 
 def test_noise_is_independent(noise: NDArray[np.float64]) -> None:
-    """No correlation between places, between activations, or between squares of places (Box and Muller's pairs)."""
+    """Places, their squares (Box and Muller's pairs share a radius) and activations are not correlated."""
     places = np.corrcoef(noise.T)[np.triu_indices(SIZE, 1)]
     assert np.abs(places).max() < 5 / math.sqrt(DRAWS)
     assert abs(places.mean()) < 4 / math.sqrt(DRAWS * places.size)

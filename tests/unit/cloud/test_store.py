@@ -76,8 +76,9 @@ async def test_a_commit_is_durable(store):
 
 
 async def test_a_failing_database_is_an_error_of_ours(tmp_path):
-    store = Store(StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/missing/cloud.db"))
-    with pytest.raises(StoreError, match="unable to open"):
+    (tmp_path / "cloud.db").write_bytes(b"not a database" * 100)
+    store = Store(StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db"))
+    with pytest.raises(StoreError, match="not a database"):
         await store.open()
     await store.close()
 

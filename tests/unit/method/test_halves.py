@@ -82,6 +82,7 @@ def test_the_fused_stream_learns_through_the_recovery():
     assert (whole - without).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("sealed_values", [0, 64])
 @pytest.mark.parametrize("side", [64, 224])
 def test_the_residual_server_half_does_most_of_the_work(side):
     settings = settings_for("residual", side)
