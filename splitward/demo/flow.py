@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edge.config import BrokerConfig
+from edge.config import BrokerConfig, LinkConfig
 from export.exporter import export_run
 from firmware_sim.broker import start_broker
 from firmware_sim.fleet import FleetConfig, run_fleet
@@ -136,6 +136,7 @@ def _fleet(out: Path, bundle: Path, broker_port: int) -> FleetConfig:
         folder=str(out / "fleet"),
         rate_hz=RATE_HZ,
         broker=BrokerConfig(port=broker_port),
+        link=LinkConfig(status_s=5.0),
     )
 
 

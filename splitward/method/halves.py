@@ -73,7 +73,7 @@ class NetworkSettings:
         """Shape on which the server half works: the activation, or what it expands sealed values to."""
         if not self.sealed_values:
             return self.activation_shape
-        return (8, 7, 7) if self.size == "small" else (16, 8, 8)
+        return (8, 7, 7) if self.size == "small" else (16, self.side // 8, self.side // 8)
 
 
 class ResidualBlock(nn.Module):

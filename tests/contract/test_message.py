@@ -243,6 +243,7 @@ def test_a_huge_declared_shape_allocates_nothing(shape: tuple[int, ...]) -> None
         ("not_finite", patched(FLOAT32, (len(FLOAT32) - 8, struct.pack("<f", math.nan)))),
         ("not_finite", patched(FLOAT32, (len(FLOAT32) - 12, struct.pack("<f", -math.inf)))),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_rule_has_its_reason(reason: str, message: bytes) -> None:
     assert verdict(message) == reason
