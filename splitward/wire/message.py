@@ -44,7 +44,7 @@ class Activation:
     device : str
         Device id, matching `NAME`; must equal the topic's.
     boot : bytes
-        16 random bytes, new at every start of the agent with a new spool.
+        16 random bytes, new at every start of the agent.
     sequence : int
         Counts frames within a boot, from 0. (device, boot, sequence) names a frame for ever.
     captured_at_ns : int
