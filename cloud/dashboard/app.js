@@ -10,7 +10,7 @@ const DRAW_EVERY_MS = 500;
 const SILENT_AFTER_S = 90;
 const STREAMS = ["attacked", "recovered", "fused"];
 const SVG = "http://www.w3.org/2000/svg";
-const PLOT = { left: 44, right: 556, top: 10, bottom: 156 };
+const PLOT = { left: 52, right: 556, top: 10, bottom: 156 };
 
 const byId = (id) => document.getElementById(id);
 const buckets = new Map(); // second / BUCKET_S -> { count, latencies }
@@ -65,9 +65,16 @@ const short = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.
 
 function duration(ms) {
   if (ms === null) return "–";
+  if (ms === 0) return "0 ms";
   if (ms < 1000) return `${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
   if (ms < 120000) return `${(ms / 1000).toFixed(1)} s`;
   return `${Math.round(ms / 60000)} min`;
+}
+
+function age(seconds) {
+  if (seconds < 2) return "now";
+  const [size, unit] = [[86400, "days"], [3600, "h"], [60, "min"]].find(([size]) => seconds >= 2 * size) ?? [1, "s"];
+  return `${Math.round(seconds / size)} ${unit} ago`;
 }
 
 function cell(text, { tag = "td", kind = "" } = {}) {
@@ -232,7 +239,7 @@ function deviceRow({ site, device, seen_at_ns: seenAtNs, status }) {
     pill,
     cell(status?.model_name || "–"),
     cell(status?.runtime || "–"),
-    cell(seenS < 2 ? "now" : `${duration(seenS * 1000)} ago`),
+    cell(age(seenS)),
     ...["queued", "sent", "results"].map((name) => cell(status ? status[name].toLocaleString() : "–", { kind: "number" })),
     cell(total ? `${total.toLocaleString()} (${reasons})` : status ? "0" : "–"),
   ];
