@@ -122,6 +122,7 @@ class GmqttTransport:
                 await connection.open()
                 connection.subscribe(self._filters())
                 self._connection = connection
+                connection.opened.set()
                 log.info("connected to the broker at %s", self._endpoint)
                 backoff_s = FIRST_BACKOFF_S
                 await connection.lost.wait()
@@ -150,6 +151,7 @@ class _Connection:
     """One connection and the deliveries that came by it."""
 
     def __init__(self, config: BrokerConfig, tls: ssl.SSLContext | bool, on_message: OnMessage) -> None:
+        self.opened = asyncio.Event()
         self.lost = asyncio.Event()
         self._config = config
         self._tls = tls
@@ -194,6 +196,7 @@ class _Connection:
 
     async def close(self) -> None:
         """Close the socket, then let go of what is held: its acknowledgements go nowhere."""
+        self.opened.set()
         self.lost.set()
         try:
             await self._client.disconnect()
@@ -214,6 +217,7 @@ class _Connection:
         self._read_on_if_room()
         earlier, self._latest = self._latest, delivery
         try:
+            await self.opened.wait()  # a kept session delivers before there is a way to reply
             await self._on_message(delivery)
             await delivery.acknowledged.wait()
             if earlier is not None:  # acknowledgements follow the order of arrival (MQTT-4.6.0-2)
