@@ -75,7 +75,7 @@ class _Metered:
 
 
 def measure_agent(folder: Path, bundle: Path, trusted_key: Path, frames: Path, port: int) -> dict[str, Any]:
-    """Median microseconds of the agent's thread for a frame, outside the runtime, at `RATE_HZ`; no part faked."""
+    """Median microseconds of the agent's thread for a frame, outside the runtime, at `RATE_HZ`."""
     found = {}
     for backend, precision in (("onnx", "float32"), ("tflite", "int8")):
         runtime_s: list[float] = []
