@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _demo(arguments: argparse.Namespace) -> int:
     from splitward.demo.flow import DemoSettings, run_demo
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that broker, cloud and devices end with it
     settings = DemoSettings(arguments.data, arguments.task, arguments.size, arguments.out, arguments.frames)
     return run_demo(settings, serve=arguments.serve, fresh=arguments.fresh)
 
