@@ -1,0 +1,47 @@
+"""What the README shows is what the product prints and reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from cloud.config import CloudConfig
+from edge.config import EdgeConfig
+from splitward.cli import build_parser
+from splitward.config import build_config
+from splitward.demo.report import format_summary
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_its_table_is_the_demos_own():
+    summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
+    assert format_summary(summary) in README
+
+
+def test_its_configurations_are_accepted():
+    edge, cloud = blocks("toml")
+    assert build_config(tomllib.loads(edge), EdgeConfig, "README").device.id == "ward-3-camera"
+    assert build_config(tomllib.loads(cloud), CloudConfig, "README").models == ("out/mnist.server.json",)
+
+
+def test_its_commands_parse():
+    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[:1] == ["splitward"]]
+    assert len(commands) >= 3
+    for words in commands:
+        assert callable(build_parser().parse_args(words).run)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", README))))
+def test_its_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
