@@ -7,7 +7,9 @@ SplitwardError
  │    ├── MessageError  a binary message was refused; `.reason` is a stable code
  │    └── BundleError   a bundle was refused; `.reason` is a stable code
  ├── TrainingError      training cannot start or go on
- └── ExportError        a trained run cannot become a bundle
+ │    └── HijackError   the server's gradients do not serve the task
+ ├── ExportError        a trained run cannot become a bundle
+ └── AuditError         an audit cannot start, go on, or be trusted
 
 Each message says what went wrong, where, and what to do about it.
 """
@@ -55,5 +57,13 @@ class TrainingError(SplitwardError):
     """Training cannot start or go on."""
 
 
+class HijackError(TrainingError):
+    """The server's gradients do not serve the task: the client has to stop."""
+
+
 class ExportError(SplitwardError):
     """A trained run cannot become a bundle."""
+
+
+class AuditError(SplitwardError):
+    """An audit cannot start, go on, or be trusted."""

@@ -19,6 +19,7 @@ from splitward.method.recovery import MU, Recovery
 from splitward.method.sealing import Bottleneck
 
 Size = Literal["small", "residual"]
+Kind = Literal["sealed", "projection", "channels", "label"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class NetworkSettings:
         Frames are [channels, side, side]; `side` is a multiple of 4.
     mapped : bool
         Whether the client half takes the map.
-    sealed_values : int
-        Values of the bottleneck; 0 releases the whole activation.
+    values : int
+        Values of the bottleneck (channels of it, for "channels"); 0 releases the whole activation.
+    bottleneck : "sealed", "projection", "channels" or "label"
+        What makes these values. All but "sealed" belong to compared defences (`splitward.method.compared`).
     recovery : "svt" or "low_rank_sparse"
     mu : float
         Relaxation of the recovery.
@@ -46,7 +49,8 @@ class NetworkSettings:
     side: int
     classes: int
     mapped: bool
-    sealed_values: int = 0
+    values: int = 0
+    bottleneck: Kind = "sealed"
     recovery: str = "low_rank_sparse"
     mu: float = MU
 
@@ -64,14 +68,21 @@ class NetworkSettings:
         )
 
     @property
+    def flat(self) -> bool:
+        """Whether a vector is released, without a place in the frame."""
+        return self.values > 0 and self.bottleneck != "channels"
+
+    @property
     def release_shape(self) -> tuple[int, ...]:
         """Shape of what is released."""
-        return (self.sealed_values,) if self.sealed_values else self.activation_shape
+        if not self.values:
+            return self.activation_shape
+        return (self.values, *self.activation_shape[1:]) if self.bottleneck == "channels" else (self.values,)
 
     @property
     def server_shape(self) -> tuple[int, int, int]:
-        """Shape on which the server half works: the activation, or what it expands sealed values to."""
-        if not self.sealed_values:
+        """Shape on which the server half works: the activation, or what it expands few values to."""
+        if not self.flat:
             return self.activation_shape
         return (8, 7, 7) if self.size == "small" else (16, self.side // 8, self.side // 8)
 
@@ -113,9 +124,7 @@ class ClientHalf(nn.Module):
             if settings.size == "small"
             else ResidualBlock(16, 32, stride=2)
         )
-        self.bottleneck = (
-            Bottleneck(settings.activation_shape, settings.sealed_values) if settings.sealed_values else None
-        )
+        self.bottleneck = build_bottleneck(settings) if settings.values else None
 
     def forward(self, frame: Tensor) -> Tensor:
         """Activation of the (attacked) frame."""
@@ -135,6 +144,17 @@ class ClientHalf(nn.Module):
         self.folded = fold_stem(self.stem, self.settings.channels, self.settings.mapped)
 
 
+def build_bottleneck(settings: NetworkSettings) -> nn.Module:
+    """The client half's last step, by `settings.bottleneck`."""
+    if settings.bottleneck == "channels":
+        return nn.Conv2d(settings.activation_shape[0], settings.values, 3, padding=1)
+    made = Bottleneck(settings.activation_shape, settings.values, bounded=settings.bottleneck == "sealed")
+    if settings.bottleneck == "projection":
+        nn.init.orthogonal_(made.dense.weight).requires_grad_(False)
+        nn.init.zeros_(made.dense.bias).requires_grad_(False)
+    return made
+
+
 class StreamOutputs(NamedTuple):
     """Logits of the three streams and the decision's scores, which sum to 1: [B, classes] each."""
 
@@ -151,9 +171,11 @@ class ServerHalf(nn.Module):
         super().__init__()
         self.settings = settings
         channels, height, width = settings.server_shape
-        self.expand = (
-            nn.Linear(settings.sealed_values, channels * height * width) if settings.sealed_values else None
-        )
+        self.expand: nn.Module | None = None
+        if settings.flat:
+            self.expand = nn.Linear(settings.values, channels * height * width)
+        elif settings.values:
+            self.expand = nn.Conv2d(settings.values, channels, 3, padding=1)
         self.recovery = Recovery(settings.recovery, settings.mu)
         self.fusion = ConvolutionSum(channels)
         self.attacked = _stream(settings)
@@ -186,7 +208,7 @@ def _stream(settings: NetworkSettings) -> nn.Sequential:
     """One stream's classifier."""
     channels, height, _ = settings.server_shape
     if settings.size == "small":
-        stride = 1 if settings.sealed_values else 2
+        stride = 1 if settings.flat else 2
         side = -(-height // stride)
         return nn.Sequential(
             nn.Conv2d(channels, 64, 3, stride, 1),

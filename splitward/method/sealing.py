@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LEAK = 0.1
+"""Share of the gradient that passes the bound in training (our choice, on validation data)."""
+
 
 class Bottleneck(nn.Module):
-    """k values, bounded by tanh: [B, K, h, w] to [B, k] in -1..1. The exported client half ends here."""
+    """k values, bounded by tanh: [B, K, h, w] to [B, k] in -1..1. The exported client half ends here.
 
-    def __init__(self, activation_shape: tuple[int, int, int], values: int) -> None:
+    `bounded=False` leaves out the tanh, for defences that are compared with `sealed`.
+    """
+
+    def __init__(self, activation_shape: tuple[int, int, int], values: int, *, bounded: bool = True) -> None:
         super().__init__()
+        self.bounded = bounded
         channels, height, width = activation_shape
         # Large activations are averaged to about 8x8 first: a dense layer on all of it would be heavier than
         # the server half.
@@ -23,9 +30,15 @@ class Bottleneck(nn.Module):
         self.dense = nn.Linear(channels * (height // self.pool) * (width // self.pool), values)
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Bounded values [B, k]."""
+        """Values [B, k]."""
         pooled = F.avg_pool2d(activation, self.pool) if self.pool > 1 else activation
-        return torch.tanh(self.dense(pooled.flatten(1)))
+        values = self.dense(pooled.flatten(1))
+        if not self.bounded:
+            return values
+        bounded = torch.tanh(values)
+        # In training a part of the gradient passes the bound as if it were not there: where tanh is flat, nothing
+        # else would ever bring back a frame that lies at the wrong end.
+        return bounded + LEAK * (values - values.detach()) if self.training else bounded
 
 
 class Seal(nn.Module):
@@ -49,12 +62,17 @@ class Seal(nn.Module):
         """Released values in real units, [B, k]; fresh noise unless standard normal `noise` [B, k] is given."""
         if noise is None:
             noise = torch.randn_like(bounded)
-        grid = self.bound / 127
-        # float64, so that a value half-way between two steps falls as it does on the device.
-        clean = torch.round(bounded.detach().double() / grid).clamp(-127, 127) * grid
-        noisy = clean + self.sigma * noise.double()
+        noisy = self.round_clean(bounded) + self.sigma * noise.double()
         released = torch.round(noisy / self.scale).clamp(-127, 127).to(bounded.dtype) * self.scale
         return bounded + (released - bounded).detach()
+
+    def round_clean(self, bounded: Tensor) -> Tensor:
+        """Values on the int8 grid of the bound, which key the noise and carry it; float64.
+
+        In float64 a value half-way between two steps falls as it does on the device.
+        """
+        grid = self.bound / 127
+        return torch.round(bounded.detach().double() / grid).clamp(-127, 127) * grid
 
 
 def conditional_entropy(bounded: Tensor, labels: Tensor, classes: int, sigma: float) -> Tensor:
@@ -65,9 +83,10 @@ def conditional_entropy(bounded: Tensor, labels: Tensor, classes: int, sigma: fl
 
     Parameters
     ----------
-    bounded : Tensor, [B, k]
+    bounded : Tensor, [B, ...]
     labels : Tensor, int64 [B]
     """
+    bounded = bounded.flatten(1)
     one_hot = F.one_hot(labels, classes).to(bounded.dtype)
     counts = one_hot.sum(0).clamp_min(1)
     means = (one_hot.T @ bounded) / counts[:, None]

@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from splitward.method.halves import ClientHalf, NetworkSettings, ServerHalf, StreamOutputs
+from splitward.method.compared import Adversary, LabelServer
+from splitward.method.halves import ClientHalf, Kind, NetworkSettings, ServerHalf, StreamOutputs
 from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
 from splitward.method.sealing import Seal
-
-Profile = Literal["none", "psgl", "sealed"]
 
 
 @dataclass(frozen=True)
 class DefenceSettings:
-    """A defence profile with its settings (method.md, section 4).
+    """A defence with its settings (method.md, section 4).
 
     Attributes
     ----------
-    profile : "none", "psgl" or "sealed"
-        Plain split learning; the paper; the paper with a bounded, noised and quantised bottleneck.
+    profile : str
+        Its key in `DEFENCES` or `COMPARED`.
     map : MapSettings or None
-        The intentional attack; None for `none`.
-    values, sigma, entropy_weight : int, float, float
-        Bottleneck, noise and entropy term of `sealed`; 0 otherwise.
+        The intentional attack; None for plain split learning.
+    values, bottleneck : int, str
+        As in `NetworkSettings`.
+    sigma : float
+        Standard deviation of the noise on the released tensor.
+    entropy_weight, correlation_weight, adversary_weight : float
+        Of the conditional-entropy term, of NoPeek's distance correlation and of ResSFL's adversary.
     """
 
-    profile: Profile
+    profile: str
     map: MapSettings | None = None
     values: int = 0
+    bottleneck: Kind = "sealed"
     sigma: float = 0.0
     entropy_weight: float = 0.0
+    correlation_weight: float = 0.0
+    adversary_weight: float = 0.0
 
 
 DEFENCES: dict[str, DefenceSettings] = {
     "none": DefenceSettings("none"),
     "psgl": DefenceSettings("psgl", MapSettings()),
-    "sealed": DefenceSettings("sealed", MapSettings(), values=16, sigma=0.3, entropy_weight=0.3),
+    "sealed": DefenceSettings("sealed", MapSettings(), values=16, sigma=0.3, entropy_weight=0.5),
 }
+"""The profiles that ship: plain split learning; the paper; the paper with a bounded, noised, quantised bottleneck."""
+
+COMPARED: dict[str, DefenceSettings] = {
+    "gaussian": DefenceSettings("gaussian", sigma=1.0),
+    "nopeek": DefenceSettings("nopeek", correlation_weight=1.0),
+    "ressfl": DefenceSettings("ressfl", values=4, bottleneck="channels", adversary_weight=0.3),
+    "cem": DefenceSettings("cem", values=4, bottleneck="channels", sigma=0.5, entropy_weight=0.3),
+    "projection": DefenceSettings("projection", values=64, bottleneck="projection"),
+    "psgl-published": DefenceSettings("psgl-published", MapSettings(outputs="probabilities", eps=0.0)),
+    "label": DefenceSettings("label", values=1, bottleneck="label"),
+}
+"""What `sealed` is compared with, in one harness; `label` is the control that sends its own label."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +104,15 @@ class SplitNetwork(nn.Module):
         self.settings = settings
         network, defence = settings.network, settings.defence
         self.client = ClientHalf(network)
-        self.server = ServerHalf(network)
+        self.server: nn.Module = LabelServer() if network.bottleneck == "label" else ServerHalf(network)
         self.saliency = (
             Saliency(LocalClassifier(network.channels, network.side, network.classes), defence.map)
             if defence.map is not None
             else None
         )
-        self.seal = Seal(defence.sigma, settings.bound, settings.scale) if defence.values else None
+        sealed = defence.values > 0 and defence.bottleneck == "sealed"
+        self.seal = Seal(defence.sigma, settings.bound, settings.scale) if sealed else None
+        self.adversary = Adversary(network, defence.adversary_weight) if defence.adversary_weight else None
 
     def attack(self, frames: Tensor) -> Tensor:
         """What enters the client half: [B, 2C, H, W] attacked frame and map, or the frame itself.
@@ -105,7 +126,14 @@ class SplitNetwork(nn.Module):
 
     def release(self, activation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Released tensor in real units; fresh noise unless standard normal `noise` is given."""
-        return activation if self.seal is None else self.seal(activation, noise)
+        if self.seal is not None:
+            released: Tensor = self.seal(activation, noise)
+            return released
+        if self.settings.network.bottleneck == "label" and not self.training:
+            return F.one_hot(activation.argmax(1), activation.shape[1]).to(activation.dtype)
+        if sigma := self.settings.defence.sigma:
+            return activation + sigma * (torch.randn_like(activation) if noise is None else noise)
+        return activation
 
     def forward(self, frames: Tensor, noise: Tensor | None = None) -> Pass:
         """All of it, from frames [B, C, H, W] in 0..1."""

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from splitward.data import Dataset, Split
 from splitward.errors import TrainingError
+from splitward.method.compared import distance_correlation
 from splitward.method.fusion import rank_weights
+from splitward.method.halves import StreamOutputs
 from splitward.method.sealing import conditional_entropy
 from splitward.method.split import Pass, SplitNetwork
 from splitward.training.curve import plot_curve
@@ -91,39 +93,73 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(torch.float32) / (255 if images.dtype == torch.uint8 else 65535)
 
 
+def shifted(frames: Tensor, pixels: int) -> Tensor:
+    """Each frame moved by up to `pixels` in each direction, at random; its edge is repeated: [B, C, H, W]."""
+    if pixels == 0:
+        return frames
+    count, _, height, width = frames.shape
+    padded = F.pad(frames, (pixels,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    top, left = torch.randint(2 * pixels + 1, (2, count, 1))
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    moved = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
 @torch.no_grad()
-def evaluate(network: SplitNetwork, split: Split) -> dict[str, float]:
-    """Accuracy of each stream and of the decision, with release noise from a fixed seed."""
+def predict(network: SplitNetwork, split: Split) -> StreamOutputs:
+    """What the server half makes of a split, with release noise from a fixed seed: [N, classes] each."""
     was_training = network.training
     network.eval()
-    images, labels = frames_of(split), torch.from_numpy(split.labels)
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    right: dict[str, int] = {}
-    for start in range(0, len(labels), EVALUATION_BATCH):
-        frames = to_unit(images[start : start + EVALUATION_BATCH])
-        noise = torch.randn(len(frames), *network.settings.network.release_shape, generator=generator)
-        outputs = network(frames, noise).outputs
-        for name, scores in outputs._asdict().items():
-            hits = scores.argmax(1) == labels[start : start + EVALUATION_BATCH]
-            right[name] = right.get(name, 0) + int(hits.sum())
+    found = []
+    for images in frames_of(split).split(EVALUATION_BATCH):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        noise = torch.randn(len(images), *network.settings.network.release_shape, generator=generator)
+        found.append(network(to_unit(images), noise).outputs)
     network.train(was_training)
-    return {name: count / len(labels) for name, count in right.items()}
+    return StreamOutputs(*(torch.cat(streams) for streams in zip(*found, strict=True)))
 
 
-def losses(network: SplitNetwork, step: Pass, labels: Tensor) -> Tensor:
-    """Sum of the streams' cross entropies, the local classifier's, and the entropy term of `sealed`."""
-    outputs, defence = step.outputs, network.settings.defence
-    total = sum(
-        (F.cross_entropy(logits, labels) for logits in (outputs.attacked, outputs.recovered, outputs.fused)),
-        torch.zeros(()),
+def evaluate(network: SplitNetwork, split: Split) -> dict[str, float]:
+    """Accuracy of each stream and of the decision."""
+    labels = torch.from_numpy(split.labels)
+    return {
+        name: int((scores.argmax(1) == labels).sum()) / len(labels)
+        for name, scores in predict(network, split)._asdict().items()
+    }
+
+
+def losses(network: SplitNetwork, step: Pass, frames: Tensor, labels: Tensor) -> Tensor:
+    """Everything that a training minimises: the server's loss and the client's own."""
+    return server_loss(step.outputs, labels) + client_loss(
+        network, step.activation, step.released, step.local_logits, frames, labels
     )
-    if step.local_logits is not None:
-        total = total + F.cross_entropy(step.local_logits, labels)
+
+
+def server_loss(outputs: StreamOutputs, labels: Tensor) -> Tensor:
+    """Sum of the streams' cross entropies."""
+    streams = (outputs.attacked, outputs.recovered, outputs.fused)
+    return sum((F.cross_entropy(logits, labels) for logits in streams), torch.zeros(()))
+
+
+def client_loss(
+    network: SplitNetwork,
+    activation: Tensor,
+    released: Tensor,
+    local_logits: Tensor | None,
+    frames: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """The local classifier's cross entropy and the defence's own terms: what needs no server."""
+    defence, total = network.settings.defence, torch.zeros(())
+    if local_logits is not None:
+        total = total + F.cross_entropy(local_logits, labels)
     if defence.entropy_weight:
         classes = network.settings.network.classes
-        total = total + defence.entropy_weight * conditional_entropy(
-            step.activation, labels, classes, defence.sigma
-        )
+        total = total + defence.entropy_weight * conditional_entropy(activation, labels, classes, defence.sigma)
+    if defence.correlation_weight:
+        total = total + defence.correlation_weight * distance_correlation(frames, activation)
+    if network.adversary is not None:
+        total = total + network.adversary(released, frames)
     return total
 
 
@@ -168,13 +204,13 @@ def _train_epoch(
                 group["lr"] = one_cycle(
                     settings, (epoch * len(batches) + index) / (settings.epochs * len(batches))
                 )
-            frames, wanted = to_unit(images[rows]), labels[rows]
+            frames, wanted = shifted(to_unit(images[rows]), settings.shift), labels[rows]
             try:
                 step = network(frames)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not type it
                 # The recovery of an activation that overflowed.
                 raise _diverged(epoch) from error
-            loss = losses(network, step, wanted)
+            loss = losses(network, step, frames, wanted)
             if not loss.isfinite():
                 raise _diverged(epoch)
             optimiser.zero_grad()

@@ -8,7 +8,7 @@ from typing import Any
 from splitward.data import Dataset
 from splitward.errors import TrainingError
 from splitward.method.halves import NetworkSettings
-from splitward.method.split import DEFENCES, DefenceSettings, SplitSettings
+from splitward.method.split import COMPARED, DEFENCES, DefenceSettings, SplitSettings
 from splitward.wire.release import ReleaseLaw
 
 SMALL_SIDE = 32
@@ -29,6 +29,8 @@ class RunSettings:
     epochs, batch : int
     learning_rate, weight_decay : float
         Of AdamW under a one-cycle schedule.
+    shift : int
+        Training frames are moved by up to so many pixels at random.
     seed : int
     """
 
@@ -40,6 +42,7 @@ class RunSettings:
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
+    shift: int = 0
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,10 +50,11 @@ class RunSettings:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.learning_rate <= 0:
+        if self.epochs < 1 or self.batch < 2 or self.learning_rate <= 0 or self.shift < 0:
             raise TrainingError(
-                f"epochs {self.epochs}, batch {self.batch}, learning rate {self.learning_rate}: give at least "
-                "1 epoch, batches of at least 2 (batch normalisation needs two), and a positive rate."
+                f"epochs {self.epochs}, batch {self.batch}, learning rate {self.learning_rate}, shift "
+                f"{self.shift}: give at least 1 epoch, batches of at least 2 (batch normalisation needs two), "
+                "a positive rate, and no negative shift."
             )
 
     @staticmethod
@@ -68,23 +72,26 @@ def split_settings(
 ) -> SplitSettings:
     """Network and defence for `dataset` under the profile.
 
-    `seal` replaces fields of `DefenceSettings` (of `sealed` only), `saliency` those of `MapSettings` (of
-    profiles with a map); a value of None leaves the profile's own.
+    `seal` replaces fields of `DefenceSettings` (of defences with noise or a bottleneck), `saliency` those of
+    `MapSettings` (of profiles with a map); a value of None leaves the profile's own.
 
     Raises
     ------
     TrainingError
         The profile is not known or does not have what is to be changed, or the frames do not fit a network.
     """
-    if profile not in DEFENCES:
-        raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(DEFENCES)}.")
+    known = DEFENCES | COMPARED
+    if profile not in known:
+        raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(known)}.")
     _, channels, height, width = dataset.train.images.shape
     if height != width:
         raise TrainingError(f"{dataset.name}: frames of {height}x{width}; give --size to make them square.")
     small = height <= SMALL_SIDE
-    defence = DEFENCES[profile]
-    if defence.values and not small:
+    defence = known[profile]
+    if profile == "sealed" and not small:
         defence = replace(defence, values=RESIDUAL_VALUES)
+    if defence.bottleneck == "label":
+        defence = replace(defence, values=len(dataset.classes))
     defence = _changed(defence, seal or {}, saliency or {})
     try:
         network = NetworkSettings(
@@ -93,7 +100,8 @@ def split_settings(
             side=height,
             classes=len(dataset.classes),
             mapped=defence.map is not None,
-            sealed_values=defence.values,
+            values=defence.values,
+            bottleneck=defence.bottleneck,
             recovery="low_rank_sparse" if profile == "sealed" else "svt",
         )
     except ValueError as error:
@@ -105,7 +113,7 @@ def split_settings(
 def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str, Any]) -> DefenceSettings:
     seal = {name: value for name, value in seal.items() if value is not None}
     saliency = {name: value for name, value in saliency.items() if value is not None}
-    if seal and not defence.values:
+    if seal and not (defence.values or defence.sigma):
         raise TrainingError(f"{defence.profile} has no seal: {', '.join(seal)} cannot be given. Use sealed.")
     if saliency and defence.map is None:
         raise TrainingError(f"{defence.profile} has no map: {', '.join(saliency)} cannot be given. Use psgl.")
@@ -114,6 +122,6 @@ def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str,
 
 def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLaw:
     """The law under which a device releases what this network makes."""
-    if defence.values:
+    if defence.values and defence.bottleneck == "sealed":
         return ReleaseLaw(network.release_shape, "int8", 1.0, defence.sigma)
     return ReleaseLaw(network.release_shape, "float32")

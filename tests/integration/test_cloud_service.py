@@ -28,7 +28,7 @@ from splitward.wire.message import Activation, encode
 from splitward.wire.release import ReleaseLaw
 from splitward.wire.server import ServerCard, write_server_card
 
-NETWORK = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "sealed_values": 16}
+NETWORK = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "values": 16}
 LAW = ReleaseLaw((16,), "int8")
 MODEL = b"m" * 16
 BOOT = b"b" * 16

@@ -23,8 +23,8 @@ from splitward.wire.server import FORMAT, ServerCard, write_server_card
 pytestmark = pytest.mark.anyio
 MODEL = bytes(16)
 NETWORKS = {
-    "small": NetworkSettings("small", 1, 28, 10, mapped=True, sealed_values=16),
-    "residual": NetworkSettings("residual", 1, 64, 3, mapped=True, sealed_values=64),
+    "small": NetworkSettings("small", 1, 28, 10, mapped=True, values=16),
+    "residual": NetworkSettings("residual", 1, 64, 3, mapped=True, values=64),
     "unsealed": NetworkSettings("small", 1, 28, 10, mapped=True, recovery="svt"),
 }
 

@@ -20,7 +20,7 @@ halves = pytest.importorskip("splitward.method.halves")
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.anyio
 
-NETWORK = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "sealed_values": 16}
+NETWORK = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "values": 16}
 MODEL = b"m" * 16
 
 

@@ -16,20 +16,18 @@ def settings_for(size: str, side: int, **changes) -> NetworkSettings:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("sealed_values", [0, 16])
+@pytest.mark.parametrize("values", [0, 16])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(("size", "side"), [("small", 28), ("small", 64), ("residual", 28), ("residual", 64)])
 @torch.no_grad()
-def test_shapes(size, side, mapped, sealed_values, channels):
-    check_shapes(
-        settings_for(size, side, channels=channels, mapped=mapped, sealed_values=sealed_values), batch=2
-    )
+def test_shapes(size, side, mapped, values, channels):
+    check_shapes(settings_for(size, side, channels=channels, mapped=mapped, values=values), batch=2)
 
 
-@pytest.mark.parametrize("sealed_values", [0, 64])
+@pytest.mark.parametrize("values", [0, 64])
 @torch.no_grad()
-def test_shapes_at_224_pixels(sealed_values):
-    check_shapes(settings_for("residual", 224, channels=3, sealed_values=sealed_values), batch=1)
+def test_shapes_at_224_pixels(values):
+    check_shapes(settings_for("residual", 224, channels=3, values=values), batch=1)
 
 
 def check_shapes(settings: NetworkSettings, batch: int) -> None:
@@ -37,8 +35,8 @@ def check_shapes(settings: NetworkSettings, batch: int) -> None:
     entering = settings.channels * (2 if settings.mapped else 1)
     released = client(torch.rand(batch, entering, settings.side, settings.side))
     assert released.shape == (batch, *settings.release_shape)
-    if settings.sealed_values:
-        assert released.shape == (batch, settings.sealed_values)
+    if settings.values:
+        assert released.shape == (batch, settings.values)
         assert released.abs().max() <= 1
     outputs = server(released)
     assert isinstance(outputs, StreamOutputs)
@@ -54,9 +52,9 @@ def test_sides_that_do_not_fit_are_refused(side):
 
 @pytest.mark.parametrize("size", ["small", "residual"])
 @pytest.mark.parametrize("recovery", ["svt", "low_rank_sparse"])
-@pytest.mark.parametrize("sealed_values", [0, 16])
-def test_only_the_fused_stream_reaches_the_client(size, recovery, sealed_values):
-    settings = settings_for(size, 8, recovery=recovery, sealed_values=sealed_values)
+@pytest.mark.parametrize("values", [0, 16])
+def test_only_the_fused_stream_reaches_the_client(size, recovery, values):
+    settings = settings_for(size, 8, recovery=recovery, values=values)
     server = ServerHalf(settings)
     released = torch.randn(4, *settings.release_shape, requires_grad=True)
     outputs = server(released)
@@ -82,10 +80,10 @@ def test_the_fused_stream_learns_through_the_recovery():
     assert (whole - without).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize(("sealed_values", "times"), [(0, 20), (64, 10)])
+@pytest.mark.parametrize(("values", "times"), [(0, 20), (64, 10)])
 @pytest.mark.parametrize("side", [64, 224])
-def test_the_residual_server_half_does_most_of_the_work(side, sealed_values, times):
-    settings = settings_for("residual", side, sealed_values=sealed_values)
+def test_the_residual_server_half_does_most_of_the_work(side, values, times):
+    settings = settings_for("residual", side, values=values)
     client, server = ClientHalf(settings), ServerHalf(settings)
     assert parameters(server) >= times * parameters(client)
     frame = torch.rand(1, 2, side, side)
@@ -119,7 +117,7 @@ def multiply_adds(half: nn.Module, value: torch.Tensor) -> int:
 @pytest.mark.parametrize("mapped", [False, True])
 @torch.no_grad()
 def test_the_folded_client_equals_the_unfolded(size, channels, mapped):
-    settings = settings_for(size, 28, channels=channels, mapped=mapped, sealed_values=16)
+    settings = settings_for(size, 28, channels=channels, mapped=mapped, values=16)
     client = ClientHalf(settings).double().eval()
     frame = torch.rand(2, channels * (2 if mapped else 1), 28, 28, dtype=torch.float64)
     plain = client(frame)
@@ -128,7 +126,7 @@ def test_the_folded_client_equals_the_unfolded(size, channels, mapped):
 
 
 def test_a_server_half_is_built_from_a_cards_fields():
-    fields = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "sealed_values": 4}
+    fields = {"size": "small", "channels": 1, "side": 8, "classes": 3, "mapped": False, "values": 4}
     assert build_server(fields).settings == NetworkSettings(**fields)
     with pytest.raises(TypeError):
         build_server(fields | {"depth": 3})
