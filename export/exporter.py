@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from export.onnx_graph import quantise_onnx, to_onnx
 from export.parity import check_parity
 from export.tflite_graph import quantise_tflite, to_tflite
+from splitward.audit.certificate import certify
 from splitward.data import Dataset, Split
 from splitward.errors import ExportError
-from splitward.method.split import SplitNetwork
+from splitward.method.split import DEFENCES, SplitNetwork
 from splitward.training.loop import frames_of, to_unit
 from splitward.training.run import Run, save_tensors
 from splitward.training.settings import release_law
@@ -30,6 +31,7 @@ from splitward.wire.server import ServerCard, server_card_path, write_server_car
 
 CALIBRATION_FRAMES = 256
 PARITY_FRAMES = 1000
+CERTIFIED_FRAMES = 2000
 SUFFIX = ".bundle"
 
 
@@ -39,7 +41,7 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     Parameters
     ----------
     dataset : Dataset
-        The run's own: training images calibrate int8, validation images check parity.
+        The run's own: training images calibrate int8, validation images check parity and are certified.
 
     Returns
     -------
@@ -49,8 +51,13 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     Raises
     ------
     ExportError
-        `target` has another suffix, or a graph does not do what the network does.
+        `target` has another suffix, the defence does not ship, or a graph does not do what the network does.
     """
+    if run.settings.split.defence.profile not in DEFENCES:
+        raise ExportError(
+            f"{run.folder}: {run.settings.split.defence.profile} is there to be compared with and does not ship; "
+            f"train {', '.join(DEFENCES)}."
+        )
     if target.suffix != SUFFIX:
         raise ExportError(f"{target}: a bundle's name ends in {SUFFIX}.")
     network = run.load_network()
@@ -64,6 +71,8 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     files = {f"client-{name}.{_extension(name)}": data for name, data in clients.items()}
     files |= {f"saliency.{_extension(name)}": data for name, data in saliency.items()}
     files |= _golden(network, parity[:1])
+    held_out = _first_frames(dataset.validation, CERTIFIED_FRAMES)
+    certificate = certify(network, held_out, torch.from_numpy(dataset.validation.labels[: len(held_out)]))
     manifest = bundles.Manifest(
         format=bundles.FORMAT,
         name=target.stem,
@@ -79,6 +88,7 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
         data={key: run.card[key] for key in ("name", "task", "synthetic", "licence", "source")},
         metrics={"test": run.read_metrics()[-1]["test"], "parity": {k: asdict(v) for k, v in found.items()}},
         files={},
+        certificate=certificate.to_dict() if certificate else None,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     model = bundles.write_bundle(target, manifest, files, key)

@@ -1,14 +1,16 @@
-"""The `splitward` command: demo, data, train, keygen and export. The rooms load only when they are needed."""
+"""The `splitward` command. The rooms load only when they are needed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from splitward import __version__
 from splitward.errors import SplitwardError
@@ -20,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; an explained error exits with 2, without a traceback."""
     # Before torch loads: threads that spin while they wait make small steps far slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(words, argparse.Namespace(words=words))
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
@@ -62,11 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--data", required=True, help="mnist, phantom, a .npz file or a folder")
     train.add_argument("--task", help="what the labels say, where the data can be read in several ways")
     train.add_argument("--size", type=int, help="height and width of the frames in pixels")
-    train.add_argument("--defence", choices=("none", "psgl", "sealed"), default="sealed")
+    train.add_argument(
+        "--defence",
+        default="sealed",
+        help="none, psgl or sealed (default); or, to compare: gaussian, nopeek, ressfl, cem, projection, "
+        "psgl-published, label",
+    )
     train.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
     train.add_argument("--epochs", type=int, default=10)
     train.add_argument("--batch", type=int, default=128)
     train.add_argument("--learning-rate", type=float, default=3e-3)
+    train.add_argument("--shift", type=int, default=0, help="move training frames at random by so many pixels")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--values", type=int, help="sealed: values of the bottleneck")
     train.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
@@ -82,10 +91,72 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--key", type=Path, default=DEFAULT_KEY, help=f"signing key (default: {DEFAULT_KEY})")
     export.set_defaults(run=_export)
 
+    _add_audit(commands)
+
+    _add_reproduce(commands)
+
     keygen = commands.add_parser("keygen", help="make a signing key; devices trust its .pub file")
     keygen.add_argument("key", type=Path, nargs="?", default=DEFAULT_KEY)
     keygen.set_defaults(run=_keygen)
     return parser
+
+
+def _add_reproduce(commands: Any) -> None:
+    reproduce = commands.add_parser("reproduce", help="repeat the published experiments").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    paper = reproduce.add_parser("paper", help="the experiments of the method's own paper")
+    paper.add_argument("--out", type=Path, required=True, help="folder; the same command again goes on")
+    paper.add_argument("--mias", type=Path, metavar="FOLDER", help="the unpacked mini-MIAS archive")
+    paper.add_argument("--effort", type=float, default=1.0, help="factor on images, epochs and steps")
+    paper.set_defaults(run=_reproduce_paper)
+
+    privacy = reproduce.add_parser("privacy", help="every defence on every data set, attacked; hours")
+    privacy.add_argument("--out", type=Path, required=True, help="folder; the same command again goes on")
+    privacy.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of the networks (default: runs)"
+    )
+    privacy.add_argument("--data", type=Path, default=Path(), help="folder with pneumoniamnist.npz and mias/")
+    privacy.add_argument("--only", help="data sets, with commas (default: all)")
+    privacy.add_argument("--defences", help="names, with commas (default: all)")
+    privacy.add_argument("--seeds", help="seeds of the target networks, with commas (default: all)")
+    privacy.add_argument("--table", action="store_true", help="only make the table of the cells that are done")
+    privacy.set_defaults(run=_reproduce_privacy)
+
+    hijack = reproduce.add_parser(
+        "hijack", help="feature-space hijacking of a training, under the client's guard"
+    )
+    hijack.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    hijack.add_argument("--defences", default="none,sealed", help="names, with commas (default: none,sealed)")
+    hijack.set_defaults(run=_reproduce_hijack)
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="attack a run or a bundle as it is deployed, and report")
+    audit.add_argument("target", type=Path, metavar="TARGET", help="run folder or .bundle file")
+    audit.add_argument("--data", help="as for train (default: the run's own data)")
+    audit.add_argument("--task", help="what the labels say, where the data can be read in several ways")
+    audit.add_argument("--size", type=int, help="height and width of the frames (default: the target's)")
+    audit.add_argument(
+        "--out", type=Path, default=Path("audit"), help="folder of the report; the same command again goes on"
+    )
+    audit.add_argument("--quick", action="store_true", help="smaller budgets: minutes for frames of 28x28")
+    audit.add_argument("--seeds", type=_positive, help="attackers' seeds (default: 3, quick 1)")
+    audit.add_argument("--attacks", help="names of attacks, with commas (default: all)")
+    audit.add_argument("--auxiliary", type=_positive, help="most images of the attacker's own")
+    audit.add_argument("--targets", type=_positive, help="most images attacked")
+    audit.add_argument("--max-ssim", type=float, help="gate: exit with 1 when an attack's mean SSIM is above")
+    audit.add_argument("--min-mse", type=float, help="gate: exit with 1 when an attack's mean MSE is below")
+    audit.add_argument("--key", type=Path, help="public key that the bundle is signed by")
+    audit.add_argument("--variant", help="bundle: graphs to attack (default: onnx-float32)")
+    audit.add_argument("--compare", type=Path, metavar="JSON", help="defences for the plot, as privacy.json")
+    audit.set_defaults(run=_audit)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    return value
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -135,6 +206,7 @@ def _train(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         batch=arguments.batch,
         learning_rate=arguments.learning_rate,
+        shift=arguments.shift,
         seed=arguments.seed,
     )
     run = train(dataset, settings, arguments.out)
@@ -162,6 +234,73 @@ def _export(arguments: argparse.Namespace) -> int:
     model = export_run(run, dataset, arguments.out, key)
     sys.stdout.write(f"{arguments.out}: model {model.hex()}\n")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from splitward.audit.flow import run_audit
+    from splitward.audit.settings import AuditSettings
+
+    values = {name: value for name, value in vars(arguments).items() if name not in ("run", "words")}
+    if values["attacks"] is not None:
+        values["attacks"] = tuple(values["attacks"].split(","))
+    return run_audit(AuditSettings(**values, command=shlex.join(["splitward", *arguments.words])))
+
+
+def _reproduce_paper(arguments: argparse.Namespace) -> int:
+    from splitward.reproduce.paper import reproduce_paper
+
+    command = shlex.join(["splitward", *arguments.words])
+    reproduce_paper(arguments.out, mias=arguments.mias, effort=arguments.effort, command=command)
+    return 0
+
+
+def _reproduce_privacy(arguments: argparse.Namespace) -> int:
+    from splitward.reproduce.plan import DEFENCE_NAMES, PLANS, TARGET_SEEDS
+    from splitward.reproduce.privacy import Grid, run_grid
+    from splitward.reproduce.table import write_table
+
+    grid = Grid(
+        arguments.out,
+        arguments.runs,
+        arguments.data,
+        _chosen("--only", arguments.only, tuple(PLANS)),
+        _chosen("--defences", arguments.defences, DEFENCE_NAMES),
+        [int(seed) for seed in _chosen("--seeds", arguments.seeds, tuple(str(seed) for seed in TARGET_SEEDS))],
+    )
+    if not arguments.table:
+        run_grid(grid)
+    write_table(arguments.out)
+    sys.stdout.write(f"{arguments.out / 'privacy.json'}\n")
+    return 0
+
+
+def _reproduce_hijack(arguments: argparse.Namespace) -> int:
+    from splitward.audit.hijack_trial import run_trial
+    from splitward.data import open_dataset
+    from splitward.reproduce.plan import DEFENCE_NAMES
+    from splitward.training.run import write_atomically
+    from splitward.versions import versions
+
+    dataset = open_dataset("mnist")
+    found = {
+        name: run_trial(dataset, "mnist", name)
+        for name in _chosen("--defences", arguments.defences, DEFENCE_NAMES)
+    }
+    command = shlex.join(["splitward", *arguments.words])
+    text = json.dumps({**found, "command": command, "versions": versions()}, indent=2)
+    write_atomically(arguments.out, text + "\n")
+    sys.stdout.write(f"{arguments.out}\n")
+    return 0
+
+
+def _chosen(option: str, given: str | None, known: tuple[str, ...]) -> list[str]:
+    """Names from a list with commas, all of `known` by default."""
+    if given is None:
+        return list(known)
+    names = [name.strip() for name in given.split(",")]
+    if strange := [name for name in names if name not in known]:
+        raise SplitwardError(f"{option} {', '.join(strange)}: not known; choose from {', '.join(known)}.")
+    return names
 
 
 def _keygen(arguments: argparse.Namespace) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from splitward.audit.decoder import invert
+from splitward.audit.attack import Case
+from splitward.audit.decoder import SMALL
 from splitward.audit.floors import class_mean_image, mean_image
 from splitward.audit.metrics import mse, ssim
 from splitward.data import Dataset
@@ -36,18 +38,18 @@ def attack_profiles(dataset: Dataset, networks: dict[str, SplitNetwork], steps: 
     first test images.
     """
     auxiliary, targets = to_unit(frames_of(dataset.validation)), to_unit(frames_of(dataset.test)[:TARGETS])
-    found = {name: _invert(network, auxiliary, targets, steps) for name, network in networks.items()}
-    labels = torch.from_numpy(dataset.test.labels[:TARGETS])
-    by_label = class_mean_image(auxiliary, torch.from_numpy(dataset.validation.labels), labels)
+    known, labels = torch.from_numpy(dataset.validation.labels), torch.from_numpy(dataset.test.labels[:TARGETS])
+    found = {}
+    for name, network in networks.items():
+        release = partial(_release, network)
+        released = release(targets, torch.Generator().manual_seed(NOISE_SEED))
+        classes = len(dataset.classes)
+        case = Case(released, released[None], labels, auxiliary, known, classes, release, network)
+        found[name] = _measure(replace(SMALL, steps=steps).reconstruct(case, seed=0), targets)
+    by_label = class_mean_image(auxiliary, known, labels)
     found["label"] = _measure(by_label, targets)
     found["nothing"] = _measure(mean_image(auxiliary, len(targets)), targets)
     return found
-
-
-def _invert(network: SplitNetwork, auxiliary: Tensor, targets: Tensor, steps: int) -> Inversion:
-    generator = torch.Generator().manual_seed(NOISE_SEED)
-    released = [_release(network, frames, generator) for frames in (auxiliary, targets)]
-    return _measure(invert(released[0], auxiliary, released[1], steps=steps), targets)
 
 
 @torch.no_grad()

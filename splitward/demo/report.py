@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STREAMS = ("attacked", "recovered", "fused", "decision")
+from splitward import page
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --strong: #2a6fb0; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; }
-th:first-child, td:first-child, th.text, td.text { text-align: left; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; padding: 0; list-style: none; }
-.tiles li { flex: 1 1 9rem; background: var(--soft); border-radius: .6rem; padding: .7rem 1rem; }
-.tiles b { display: block; font-size: 1.4rem; color: var(--strong); }
-img { max-width: 100%; background: white; border-radius: .4rem; }
-footer { margin-top: 2.5rem; opacity: .75; font-size: .85rem; }
-"""
+STREAMS = ("attacked", "recovered", "fused", "decision")
 
 
 def format_summary(summary: dict[str, Any]) -> str:
@@ -51,7 +35,6 @@ def format_summary(summary: dict[str, Any]) -> str:
 def write_report(summary: dict[str, Any], picture: Path, path: Path) -> None:
     """Write the page; the picture goes into it."""
     data, ssim = summary["data"], summary["decoder_ssim"]
-    encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
     synthetic = " The images are synthetic." if data["synthetic"] else ""
     tiles = [
         ("results", f"{summary['results']} of {summary['frames_sent']}"),
@@ -68,33 +51,29 @@ def write_report(summary: dict[str, Any], picture: Path, path: Path) -> None:
         for name in ssim
     ]  # fmt: skip
     parts = [
-        f"<h1>Splitward on {html.escape(data['name'])}</h1>",
-        f"<p>Task {html.escape(data['task'])}; images {_counts(data['images'])}; licence "
-        f"{html.escape(data['licence'])}.{synthetic}</p>",
-        '<ul class="tiles">' + "".join(f"<li>{_text(k)}<b>{_text(v)}</b></li>" for k, v in tiles) + "</ul>",
+        f"<h1>Splitward on {page.text(data['name'])}</h1>",
+        f"<p>Task {page.text(data['task'])}; images {_counts(data['images'])}; licence "
+        f"{page.text(data['licence'])}.{synthetic}</p>",
+        page.tiles(tiles),
         "<h2>What a decoder sees</h2>",
-        f'<img alt="Test images above their reconstructions" src="data:image/png;base64,{encoded}">',
+        page.picture(picture.read_bytes(), "Test images above their reconstructions"),
         "<p>The decoder was trained on released tensors of images that no network was trained on. "
         "<i>label</i> is the mean image of the true class and <i>nothing</i> the mean of all: no accurate "
         "classifier can leak less than its label. One seed and one small decoder: a demonstration, not an "
         "audit.</p>",
-        _table(["profile", "accuracy", "SSIM", "MSE"], profiles),
+        page.table(["profile", "accuracy", "SSIM", "MSE"], profiles),
         "<h2>Devices</h2>",
-        _table(
+        page.table(
             ["device", "variant", "results", "lost", "dup", *STREAMS, "p50 ms", "p95 ms"], _device_rows(summary)
         ),
         "<h2>How it was made</h2>",
-        f"<p><code>{_text(summary['command'])}</code>, seed {summary['seed']}, "
-        f"epochs {_counts(summary['epochs'])}, broker {_text(summary['broker'])}, {summary['wall_s']} s.</p>",
-        _table(["package", "version"], [[k, v] for k, v in summary["versions"].items()]),
+        f"<p><code>{page.text(summary['command'])}</code>, seed {summary['seed']}, "
+        f"epochs {_counts(summary['epochs'])}, broker {page.text(summary['broker'])}, "
+        f"{summary['wall_s']} s.</p>",
+        page.table(["package", "version"], [[k, v] for k, v in summary["versions"].items()]),
         "<footer>Splitward is research software and not a medical device.</footer>",
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Splitward demo</title>'
-        '<meta name="viewport" content="width=device-width">'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+    page.write_page(path, "Splitward demo", parts)
 
 
 def _device_rows(summary: dict[str, Any]) -> list[list[str]]:
@@ -107,14 +86,4 @@ def _device_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def _counts(values: dict[str, int]) -> str:
-    return _text(", ".join(f"{name} {count}" for name, count in values.items()))
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return page.text(", ".join(f"{name} {count}" for name, count in values.items()))

@@ -15,7 +15,7 @@ from splitward import __version__
 from splitward.cli import main
 from splitward.wire.bundle import read_signing_key, read_trusted_key
 
-COMMANDS = ("demo", "data", "train", "export", "keygen")
+COMMANDS = ("demo", "data", "train", "export", "audit", "keygen")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,0 +1,54 @@
+"""Several captures of one scene: the noise is averaged out before decoding (method.md, section 5, rule 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from splitward.audit.attack import Case, ThreatModel
+from splitward.audit.decoder import MEDIUM, DecoderAttack, decode
+from splitward.audit.practice import Practice
+from splitward.training.loop import reproducible
+
+CARD = ThreatModel(
+    name="averaging",
+    title="average over several captures of one scene",
+    phase="inference",
+    knows=(
+        "several captures of one scene",
+        "release law",
+        "client runs as a black box",
+        "auxiliary images",
+    ),
+    method="Averages what was released of one scene, and decodes the mean with a decoder trained on auxiliary "
+    "images that were each released, with fresh noise, and averaged as many times.",
+    source="method.md, section 5, rule 3",
+)
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """As many captures as the case has, and a decoder of the given budget.
+
+    Attributes
+    ----------
+    decoder : DecoderAttack
+    effort : float
+        Multiplies the decoder's steps.
+    """
+
+    decoder: DecoderAttack = MEDIUM
+    effort: float = 1.0
+
+    @property
+    def card(self) -> ThreatModel:
+        """Who the attacker is."""
+        return CARD
+
+    def reconstruct(self, case: Case, seed: int) -> Tensor:
+        """[M, C, H, W]."""
+        budget = replace(self.decoder, effort=self.decoder.effort * self.effort)
+        with reproducible(seed):
+            trained = budget.train(case, Practice(case, captures=len(case.captures)))
+            return decode(trained, case.captures.mean(0), case.labels)

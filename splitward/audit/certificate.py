@@ -1,0 +1,180 @@
+"""Lower bounds on the error of any reconstruction from what a device releases (method.md, section 4).
+
+Three bounds on the mean squared error of a pixel, from the strongest statement to the weakest:
+
+`candidates`
+    No assumption on images, network or attacker. The attacker is handed the list of the N frames and must only find
+    out which one was captured. Its best estimate is then the posterior mean over the list, which the known Gaussian
+    noise law gives in closed form; nobody without the list does better on average over these N frames. Averaged over
+    lists it is also a bound for the population that they were drawn from, because a list can only help. This is what
+    a bundle certifies.
+`trace`
+    Van Trees: `(1/d) tr((E[I_e] + S)^-1)` with `I_e = J^T J / sigma^2` and S the inverse covariance of the frames
+    within a class. For an attacker who knows the label, under a Gaussian prior for each class: real images are not
+    Gaussian, so this one is a model and not a promise.
+`unbiased`
+    Cramer-Rao: `d / E[tr(I_e)]`, the inverse of diagonal Fisher information leakage (Maeng et al. 2023) averaged over
+    the frames. For unbiased estimators only, which no decoder is, and so often far above any attack's error.
+
+All of them leave out the quantisation after the noise, which can only raise the error. `candidates` counts the
+rounding before the noise; the two with a Jacobian take it for the identity (its step is 1/127, sigma some 40 times it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitward.method.split import SplitNetwork
+
+CAPTURES = (1, 8)
+"""Numbers of captures of one scene for which the candidates bound is given."""
+FISHER_FRAMES = 200
+_CHUNK = 250
+_DRAWS = 4
+ASSUMPTIONS = (
+    "The noise is Gaussian, independent between captures and unknown to the attacker (HMAC keyed by the device's "
+    "secret).",
+    "The error is averaged over the frames certified; a single frame that is unlike all others can leak more.",
+    "The frames are drawn as the certified ones were; a bound on these says nothing of another hospital's.",
+    "An attacker has as many captures of one scene as stated, no more.",
+)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds for one network under its release law, on given frames.
+
+    Attributes
+    ----------
+    bound_mse : float
+        The candidates bound for one capture.
+    captures_mse : dict of int to float
+        The candidates bound for so many captures of each scene.
+    identified : float
+        How often the attacker with the list picks the right frame at best, from one capture.
+    class_mean_mse : float
+        Error of each class's mean over the same frames: what the label alone allows.
+    trace_mse, unbiased_mse : float
+        The two bounds with a Jacobian.
+    frames, sigma, seed : int, float, int
+    assumptions : tuple of str
+    """
+
+    bound_mse: float
+    captures_mse: dict[int, float]
+    identified: float
+    class_mean_mse: float
+    trace_mse: float
+    unbiased_mse: float
+    frames: int
+    sigma: float
+    seed: int
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"captures_mse": {str(n): bound for n, bound in self.captures_mse.items()}}
+
+
+def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int = 0) -> Certificate | None:
+    """Certificate of a `sealed` network on held-out frames; None where the release carries no noise.
+
+    Parameters
+    ----------
+    frames, labels : Tensor, [N, C, H, W] in 0..1, int64 [N]
+        Not from the training data.
+    """
+    sigma = network.settings.defence.sigma
+    if network.seal is None or sigma == 0:
+        return None
+    with torch.no_grad():
+        bounded = torch.cat([network.client(network.attack(chunk)) for chunk in frames.split(_CHUNK)])  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    clean = network.seal.round_clean(bounded)
+    bounds = {n: candidates_bound(clean, frames, sigma / n**0.5, seed=seed) for n in CAPTURES}
+    trace, unbiased = fisher_bounds(network, frames, labels)
+    return Certificate(
+        bound_mse=bounds[1][0],
+        captures_mse={n: bound for n, (bound, _) in bounds.items()},
+        identified=bounds[1][1],
+        class_mean_mse=_class_mean_error(frames, labels),
+        trace_mse=trace,
+        unbiased_mse=unbiased,
+        frames=len(frames),
+        sigma=sigma,
+        seed=seed,
+    )
+
+
+def candidates_bound(
+    clean: Tensor, frames: Tensor, sigma: float, *, draws: int = _DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Least mean squared error for an attacker who knows that the frame is one of these, and how often it is found.
+
+    For `z = clean_i + sigma * n` the best estimate is `sum_j w_j x_j`, `w = softmax_j(-||z - clean_j||^2 / (2
+    sigma^2))`. The expectation over the noise is a mean over `draws` draws for each frame.
+
+    Parameters
+    ----------
+    clean : Tensor, [N, k]
+        Values before the noise.
+    frames : Tensor, [N, C, H, W]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values, pixels = clean.double().flatten(1), frames.double().flatten(1)
+    squared, found, count = 0.0, 0.0, 0
+    for _ in range(draws):
+        for rows in torch.arange(len(values)).split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            noise = torch.randn(len(rows), values.shape[1], generator=generator, dtype=torch.float64)
+            gaps = torch.cdist(values[rows] + sigma * noise, values).square()
+            weights = (-gaps / (2 * sigma**2)).softmax(1)
+            squared += float((weights @ pixels - pixels[rows]).square().mean(1).sum())
+            found += float(weights.amax(1).sum())
+            count += len(rows)
+    return squared / count, found / count
+
+
+def fisher_bounds(network: SplitNetwork, frames: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The trace bound, within classes, and the bound for unbiased estimators; at most `FISHER_FRAMES` a class."""
+    sigma, pixels = network.settings.defence.sigma, frames[0].numel()
+    trace, traces, counted = 0.0, 0.0, 0
+    for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = frames[labels == label]
+        rows = own.flatten(1).double()
+        # Directions without variance within the class have nothing to estimate: the trace is over the others.
+        _, spread, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        kept = spread > 1e-6 * spread[0].clamp_min(1e-12)
+        variance, directions = spread[kept].square() / len(rows), directions[kept]
+        information = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        sample = own[:FISHER_FRAMES]
+        for chunk in sample.split(50):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            jacobian = _jacobian(network, chunk).double()
+            traces += float(jacobian.square().sum()) / sigma**2
+            along = (jacobian @ directions.T).flatten(0, 1)
+            information += along.T @ along / sigma**2
+        counted += len(sample)
+        precision = information / len(sample) + torch.diag(1 / variance)
+        trace += len(own) / len(frames) * float(torch.linalg.inv(precision).diagonal().sum()) / pixels
+    return trace, pixels * counted / max(traces, 1e-300)
+
+
+def _jacobian(network: SplitNetwork, frames: Tensor) -> Tensor:
+    """Derivative of the bounded values by the frame, through the saliency map too: [B, k, C*H*W]."""
+    frames = frames.clone().requires_grad_()
+    bounded = network.client(frames if network.saliency is None else network.saliency(frames)).flatten(1)
+    rows = [
+        torch.autograd.grad(bounded[:, value].sum(), frames, retain_graph=True)[0].flatten(1)
+        for value in range(bounded.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def _class_mean_error(frames: Tensor, labels: Tensor) -> float:
+    errors = [
+        (own - own.mean(0)).square().mean() * len(own)
+        for own in (frames[labels == label] for label in labels.unique())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    ]
+    return float(sum(errors) / len(frames))

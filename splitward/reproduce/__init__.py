@@ -1,0 +1,1 @@
+"""Experiments that can be repeated: the paper's own, and the privacy table."""

@@ -1,0 +1,198 @@
+"""The privacy table: every defence on every data set, attacked as deployed, as a grid that can be resumed.
+
+```
+OUT/privacy/DATA-DEFENCE-SEED.jsonl  a ledger for each target network: its training, then a line for each attack
+OUT/privacy.json                     the table, made from the ledgers alone
+OUT/privacy-DATA.png                 the frontier of each data set
+RUNS/DATA-DEFENCE-SEED/              the trained networks; they may be deleted when their cells are done
+```
+
+A finished cell is never done again, wherever the grid goes on: its ledger names the settings, not the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitward.audit.attack import Attack, Case
+from splitward.audit.attacks import FULL, MAP_OFF
+from splitward.audit.case import make_case
+from splitward.audit.certificate import candidates_bound, certify
+from splitward.audit.ledger import Ledger
+from splitward.audit.measure import Floors, draw_floors, measure
+from splitward.audit.metrics import roc_auc
+from splitward.audit.suite import NEEDS_RUN, cell_key
+from splitward.audit.target import Target, open_target
+from splitward.data import Dataset, open_dataset
+from splitward.reproduce.plan import CAPTURES, DEFENCE_NAMES, PLANS, TARGET_SEEDS, Plan, attacker_seeds
+from splitward.training.loop import evaluate, frames_of, predict, to_unit, train
+from splitward.training.settings import RunSettings, split_settings
+
+_BUILT_IN = ("mnist", "phantom")
+TRAINING = {"cell": "training"}
+CERTIFIED_FRAMES = 2000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the grid lies, and how much of it is wanted."""
+
+    out: Path
+    runs: Path
+    data: Path
+    only: Sequence[str] = tuple(PLANS)
+    defences: Sequence[str] = DEFENCE_NAMES
+    target_seeds: Sequence[int] = TARGET_SEEDS
+
+
+def run_grid(grid: Grid) -> None:
+    """Do every cell that is not done: target seed by target seed, so that an unfinished grid is a small whole one."""
+    for seed in grid.target_seeds:
+        for name in grid.only:
+            for defence in grid.defences:
+                _attack_target(grid, PLANS[name], defence, seed)
+
+
+def cell_path(grid: Grid, plan: Plan, defence: str, seed: int) -> Path:
+    """Ledger of one target network."""
+    return grid.out / "privacy" / f"{plan.name}-{defence}-{seed}.jsonl"
+
+
+def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
+    dataset = open_plan(plan, grid.data, seed)
+    settings = RunSettings(
+        data=plan.spec,
+        task=plan.task,
+        size=plan.size,
+        split=split_settings(dataset, defence),
+        epochs=plan.epochs,
+        batch=plan.batch,
+        learning_rate=plan.learning_rate,
+        shift=plan.shift,
+        seed=seed,
+    )
+    ledger = Ledger(cell_path(grid, plan, defence, seed), {"run": settings.to_dict(), "sizes": _sizes(plan)})
+    waiting = [cell for cell in _cells(defence, seed) if ledger.find(cell.key) is None]
+    if not waiting and ledger.find(TRAINING) is not None:
+        return
+    folder = grid.runs / f"{plan.name}-{defence}-{seed}"
+    began_s = time.monotonic()
+    run = train(dataset, settings, folder)
+    target = open_target(folder)
+    case, originals = make_case(
+        target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed
+    )
+    floors = draw_floors(case)
+    if ledger.find(TRAINING) is None:
+        ledger.append(TRAINING, _training(target, dataset, run.read_metrics(), case, originals, floors)
+                      | {"seconds": round(time.monotonic() - began_s, 1)})  # fmt: skip
+    for cell in waiting:
+        _run(cell, target, dataset, plan, case, originals, floors, ledger, seed)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    name: str
+    attack: Attack
+    attacker: int
+    map_on: bool
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return cell_key(self.name, self.attack, self.attacker, "deployed" if self.map_on else "map off")
+
+
+def _cells(defence: str, seed: int) -> Iterator[_Cell]:
+    """Every attack with every attacker's seed; those on the path without its map once a target.
+
+    A label has no gradient, so that only the attacks that need no weights work on the control.
+    """
+    attackers = attacker_seeds(defence, seed)
+    for name, attack in FULL.items():
+        if defence == "label" and NEEDS_RUN & set(attack.card.knows):
+            continue
+        for attacker in attackers:
+            yield _Cell(name, attack, attacker, map_on=True)
+    if defence in ("psgl", "sealed"):
+        for name in MAP_OFF:
+            yield _Cell(name, FULL[name], attackers[0], map_on=False)
+
+
+def _run(
+    cell: _Cell,
+    target: Target,
+    dataset: Dataset,
+    plan: Plan,
+    case: Case,
+    originals: Tensor,
+    floors: Floors,
+    ledger: Ledger,
+    seed: int,
+) -> None:
+    began_s = time.monotonic()
+    if not cell.map_on:
+        case, originals = make_case(
+            target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed,
+            map_on=False,
+        )  # fmt: skip
+    if cell.attack.card.phase == "training":  # only these compute from the frames: the gradients that they see
+        case = replace(case, frames=originals)
+    found = cell.attack.reconstruct(case, cell.attacker).detach()
+    result = measure(found, originals, case.labels, floors) | {"seconds": round(time.monotonic() - began_s, 1)}
+    if target.clean is not None:
+        # The bound on the very targets that this attack worked on.
+        captures = CAPTURES if "several captures of one scene" in cell.attack.card.knows else 1
+        sigma = target.law.sigma / captures**0.5
+        own = originals[: len(found)]
+        result["bound_mse"] = candidates_bound(target.clean(own), own, sigma, seed=seed)[0]
+    ledger.append(cell.key, result)
+    sys.stdout.write(
+        f"{ledger.path.stem} {cell.name} {cell.attacker}{'' if cell.map_on else ' map off'}: "
+        f"SSIM {result['ssim']['mean']:.3f}, MSE {result['mse']['mean']:.4f}, {result['seconds']:.0f} s\n"
+    )
+    sys.stdout.flush()
+
+
+def _training(
+    target: Target,
+    dataset: Dataset,
+    metrics: list[dict[str, Any]],
+    case: Case,
+    originals: Tensor,
+    floors: Floors,
+) -> dict[str, Any]:
+    """What is known of a target network before any attack."""
+    network = target.network
+    assert network is not None  # noqa: S101  # a run folder has one
+    labels = torch.from_numpy(dataset.test.labels)
+    held_out = dataset.validation
+    frames = to_unit(frames_of(held_out)[:CERTIFIED_FRAMES])
+    certificate = certify(network, frames, torch.from_numpy(held_out.labels[: len(frames)]))
+    return {
+        "test": metrics[-1]["test"],
+        "validation": evaluate(network, held_out),
+        "auc": roc_auc(predict(network, dataset.test).decision, labels),
+        "released_bytes": target.released_bytes,
+        "images": {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")},
+        "auxiliary": len(case.auxiliary),
+        "floors": measure(case.auxiliary[:1].expand_as(originals), originals, case.labels, floors)["floors"],
+        "certificate": certificate.to_dict() if certificate else None,
+    }
+
+
+def open_plan(plan: Plan, data: Path, seed: int) -> Dataset:
+    """The data set of a plan, split anew for each seed where the plan says so."""
+    spec = plan.spec if plan.spec in _BUILT_IN else str(data / plan.spec)
+    return open_dataset(spec, task=plan.task, size=plan.size, seed=seed if plan.resplit else 0)
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    return {"auxiliary": plan.auxiliary, "targets": plan.targets, "captures": CAPTURES}

@@ -1,0 +1,188 @@
+"""From the grid's ledgers to `privacy.json`, the plots and a page: no figure is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from splitward.audit.attacks import FULL
+from splitward.audit.frontier import Point, draw_frontier, frontier
+from splitward.errors import AuditError
+from splitward.training.run import write_atomically
+from splitward.versions import versions
+
+Line = dict[str, Any]
+COMMAND = "splitward reproduce privacy --out docs/results --data FOLDER"
+_TRAINING = "training"
+
+
+def read_cells(folder: Path) -> dict[str, dict[str, list[list[Line]]]]:
+    """Lines of every target network's ledger whose training is done: data set, defence, targets, lines.
+
+    Raises
+    ------
+    AuditError
+        A line is damaged.
+    """
+    found: dict[str, dict[str, list[list[Line]]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            _, *lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise AuditError(f"{path}: a line is damaged: {error}. Run the grid again.") from error
+        data, rest = path.stem.split("-", 1)
+        if any(line["key"].get("cell") == _TRAINING for line in lines):
+            found[data][rest.rsplit("-", 1)[0]].append(lines)
+    return found
+
+
+def make_table(folder: Path) -> dict[str, Any]:
+    """The whole table, as `docs/results/privacy.json` holds it."""
+    sets: dict[str, Any] = {}
+    for data, defences in read_cells(folder).items():
+        rows = {name: _defence(targets) for name, targets in defences.items()}
+        floors = _floors([line for targets in defences.values() for line in _trainings(targets)])
+        sets[data] = {
+            "floors": floors,
+            "undefended_accuracy": rows["none"]["accuracy"] if "none" in rows else None,
+            "defences": rows,
+            "frontier": [point.name for point in frontier(_points(rows))],
+            "certificate": _certificate(defences.get("sealed", [])),
+        }
+    return {**sets, "command": COMMAND, "versions": versions()}
+
+
+def _trainings(targets: Iterable[list[Line]]) -> list[Line]:
+    return [line["result"] for lines in targets for line in lines if line["key"].get("cell") == _TRAINING]
+
+
+def _floors(trainings: Sequence[Line]) -> dict[str, Any]:
+    """Means over the target networks, whose attackers and targets are drawn by their seeds."""
+    names = trainings[0]["floors"]
+    return {
+        name: {
+            what: round(fmean(one["floors"][name][what]["mean"] for one in trainings), 5)
+            for what in ("ssim", "mse")
+        }
+        for name in names
+    }
+
+
+def _defence(targets: list[list[Line]]) -> dict[str, Any]:
+    """One defence: means over its target networks, and the worst attack."""
+    trainings = _trainings(targets)
+    attacks = _attacks(targets, "deployed")
+    off = _attacks(targets, "map off")
+    accuracies = [one["test"]["decision"] for one in trainings]
+    row: dict[str, Any] = {
+        "accuracy": round(fmean(accuracies), 5),
+        "accuracy_std": round(stdev(accuracies), 5) if len(accuracies) > 1 else 0.0,
+        "streams": {
+            name: round(fmean(one["test"][name] for one in trainings), 5) for name in trainings[0]["test"]
+        },
+        "auc": round(fmean(one["auc"] for one in trainings), 5),
+        "validation_accuracy": round(fmean(one["validation"]["decision"] for one in trainings), 5),
+        "released_bytes": trainings[0]["released_bytes"],
+        "target_seeds": len(trainings),
+    }
+    passive = {name: one for name, one in attacks.items() if one["phase"] == "inference"}
+    if passive:
+        by_ssim = max(passive, key=lambda name: passive[name]["ssim"])
+        by_mse = min(passive, key=lambda name: passive[name]["mse"])
+        row |= {
+            "worst_ssim": passive[by_ssim]["ssim"],
+            "worst_ssim_std": passive[by_ssim]["ssim_std"],
+            "worst_attack": by_ssim,
+            "min_mse": passive[by_mse]["mse"],
+            "min_mse_attack": by_mse,
+        }
+    return row | {"attacks": attacks} | ({"map_off": off} if off else {})
+
+
+def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
+    cells: dict[str, list[Line]] = defaultdict(list)
+    for lines in targets:
+        for line in lines:
+            if line["key"].get("attacked") == attacked:
+                cells[line["key"]["attack"]].append(line["result"])
+    return {
+        name: {
+            "phase": FULL[name].card.phase,
+            "ssim": round(fmean(cell["ssim"]["mean"] for cell in found), 5),
+            "ssim_std": round(stdev(cell["ssim"]["mean"] for cell in found), 5) if len(found) > 1 else 0.0,
+            "ssim_max": round(max(cell["ssim"]["mean"] for cell in found), 5),
+            "mse": round(fmean(cell["mse"]["mean"] for cell in found), 6),
+            "mse_min": round(min(cell["mse"]["mean"] for cell in found), 6),
+            "class_mean_mse": round(fmean(cell["floors"]["class_mean"]["mse"]["mean"] for cell in found), 6),
+            "class_template_ssim": round(
+                fmean(cell["floors"]["class_template"]["ssim"]["mean"] for cell in found), 5
+            ),
+            "cells": len(found),
+            "seconds": round(fmean(cell["seconds"] for cell in found), 1),
+        }
+        for name, found in cells.items()
+        if name in FULL
+    }
+
+
+def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
+    """The sealed networks' certificates, and the attacks whose error lies below the bound on their own targets."""
+    given = [one["certificate"] for one in _trainings(targets) if one["certificate"]]
+    if not given:
+        return None
+    broken = sorted(
+        {
+            line["key"]["attack"]
+            for lines in targets
+            for line in lines
+            if "bound_mse" in line["result"] and line["result"]["mse"]["mean"] < line["result"]["bound_mse"]
+        }
+    )
+    return {
+        **{
+            key: round(fmean(one[key] for one in given), 6)
+            for key in ("bound_mse", "identified", "class_mean_mse", "trace_mse", "unbiased_mse")
+        },
+        "captures_mse": {
+            n: round(fmean(one["captures_mse"][n] for one in given), 6) for n in given[0]["captures_mse"]
+        },
+        "frames": given[0]["frames"],
+        "assumptions": given[0]["assumptions"],
+        "broken_by": broken,
+    }
+
+
+def _points(rows: dict[str, Any]) -> list[Point]:
+    return [
+        Point(
+            name,
+            row["accuracy"],
+            row["worst_ssim"],
+            row["accuracy_std"],
+            row["worst_ssim_std"],
+            name == "sealed",
+        )
+        for name, row in rows.items()
+        if "worst_ssim" in row
+    ]
+
+
+def write_table(out: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write `privacy.json` and a plot for each data set; returns the table."""
+    table = make_table(out / "privacy") | (extra or {})
+    write_atomically(out / "privacy.json", json.dumps(table, indent=2) + "\n")
+    for data, one in table.items():
+        if isinstance(one, dict) and "defences" in one and (points := _points(one["defences"])):
+            floors = one["floors"]
+            lines = {
+                "label, best SSIM": floors["class_template"]["ssim"],
+                "label, mean": floors["class_mean"]["ssim"],
+            }
+            (out / f"privacy-{data}.png").write_bytes(
+                draw_frontier(points, lines, f"{data}: accuracy against leakage")
+            )
+    return table

@@ -1,0 +1,109 @@
+"""The certificate's bounds against estimators whose error is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from splitward.audit.certificate import candidates_bound, certify, fisher_bounds
+from splitward.data import phantom
+from splitward.method.split import SplitNetwork
+from splitward.training.loop import frames_of, to_unit
+from splitward.training.settings import split_settings
+
+
+@pytest.fixture(scope="module")
+def sealed() -> tuple[SplitNetwork, torch.Tensor, torch.Tensor]:
+    """An untrained sealed network and 60 frames of two classes."""
+    dataset = phantom.load("mass", 28, seed=0, count=90)
+    torch.manual_seed(0)
+    network = SplitNetwork(split_settings(dataset, "sealed")).eval()
+    split = dataset.train
+    return network, to_unit(frames_of(split))[:60], torch.from_numpy(split.labels)[:60]
+
+
+def test_without_noise_the_list_gives_every_frame_away():
+    values, frames = torch.randn(50, 4), torch.rand(50, 1, 12, 12)
+    bound, identified = candidates_bound(values, frames, 1e-4)
+    assert bound < 1e-12
+    assert identified == pytest.approx(1)
+
+
+def test_with_noise_alone_only_the_mean_of_the_list_is_left():
+    frames = torch.rand(50, 1, 12, 12)
+    bound, identified = candidates_bound(torch.randn(50, 4), frames, 1e6)
+    assert bound == pytest.approx(float((frames - frames.mean(0)).square().mean()), rel=1e-5)
+    assert identified == pytest.approx(1 / 50, rel=1e-3)
+
+
+def test_two_frames_have_the_error_of_the_textbook():
+    """Black or white, released as -1 or 1: the posterior is a logistic function, its error one integral."""
+    frames = torch.stack((torch.zeros(1, 2, 2), torch.ones(1, 2, 2)))
+    sigma = 0.8
+    bound, _ = candidates_bound(torch.tensor([[-1.0], [1.0]]), frames, sigma, draws=2_000)
+    at = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    density = torch.exp(-at.square() / 2) / math.sqrt(2 * math.pi)
+    expected = torch.trapezoid(density * (1 - torch.tanh((1 + sigma * at) / sigma**2)) ** 2 / 4, at)
+    assert bound == pytest.approx(float(expected), rel=0.06)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
+def test_no_estimator_beats_the_candidates_bound(sigma):
+    """Nearest candidate, linear regression fitted on the very list, and the mean: all at or above the bound."""
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.rand(200, 1, 8, 8, generator=generator)
+    flat = frames.flatten(1).double()
+    clean = flat @ torch.randn(64, 6, generator=generator, dtype=torch.float64) / 8
+    bound, _ = candidates_bound(clean, frames, sigma, draws=20)
+    noisy = clean + sigma * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    nearest = flat[torch.cdist(noisy, clean).argmin(1)]
+    design = torch.cat((noisy, torch.ones(200, 1, dtype=torch.float64)), 1)
+    # Fitted on fresh noise of the same list: the attacker has the list.
+    fresh = clean + sigma * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    fit = torch.linalg.lstsq(torch.cat((fresh, torch.ones(200, 1, dtype=torch.float64)), 1), flat).solution
+    for guess in (nearest, design @ fit, flat.mean(0).expand_as(flat)):
+        assert float((guess - flat).square().mean()) >= 0.98 * bound
+
+
+def test_more_captures_and_less_noise_lower_the_bound(sealed):
+    network, frames, labels = sealed
+    certificate = certify(network, frames, labels)
+    assert certificate is not None
+    assert 0 <= certificate.captures_mse[8] <= certificate.captures_mse[1] == certificate.bound_mse
+    assert certificate.bound_mse <= certificate.class_mean_mse * 1.5
+    assert certificate.to_dict()["captures_mse"].keys() == {"1", "8"}
+
+
+def test_the_trace_bound_is_exact_for_a_linear_gaussian_release():
+    """With `z = w.x + noise` and Gaussian frames, the posterior covariance is known in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(0.5, 2, 144, dtype=torch.float64)
+    frames = (torch.randn(4000, 144, generator=generator, dtype=torch.float64) * scales).view(-1, 1, 12, 12)
+    weight = torch.randn(3, 144, generator=generator, dtype=torch.float64)
+    sigma = 0.7
+    network = _Linear(weight, sigma)
+    trace, unbiased = fisher_bounds(network, frames, torch.zeros(4000, dtype=torch.int64))
+    information = weight.T @ weight / sigma**2
+    expected = torch.linalg.inv(information + torch.diag(1 / scales.square())).diagonal().mean()
+    assert trace == pytest.approx(float(expected), rel=0.05)
+    assert unbiased == pytest.approx(144 / float(information.diagonal().sum()), rel=1e-6)
+
+
+class _Linear(torch.nn.Module):
+    """What `fisher_bounds` reads of a network: a linear client half and sigma."""
+
+    def __init__(self, weight: torch.Tensor, sigma: float) -> None:
+        super().__init__()
+        self.weight, self.saliency = weight, None
+        self.settings = type("S", (), {"defence": type("D", (), {"sigma": sigma})})
+
+    def client(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames.flatten(1) @ self.weight.T
+
+
+def test_a_release_without_noise_has_no_certificate(sealed):
+    _, frames, labels = sealed
+    dataset = phantom.load("mass", 28, seed=0, count=20)
+    assert certify(SplitNetwork(split_settings(dataset, "none")).eval(), frames, labels) is None
