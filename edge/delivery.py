@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edge.config import EdgeConfig
 from edge.link import Acknowledged, Connected, Disconnected, Link, LinkEvent, Replied
@@ -87,7 +87,7 @@ class Delivery:
         config: EdgeConfig,
         boot: bytes,
         spool: Spool,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         on_answer: Callable[[Answer], None],
         stop: threading.Event,
     ) -> None:

@@ -41,7 +41,10 @@ class Refusal(msgspec.Struct, frozen=True, tag="refusal", tag_field="type"):
 
 
 class Status(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
-    """What a device says of itself, retained. `state` is `offline` in the last will."""
+    """What a device says of itself, retained. `state` is `offline` in the last will.
+
+    None stands for what the device cannot tell; `health` holds further counters by name.
+    """
 
     state: Literal["online", "offline"]
     version: str = ""
@@ -54,15 +57,37 @@ class Status(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
     sent: int = 0
     results: int = 0
     dropped: dict[str, int] = {}
+    spooled_bytes: int = 0
+    disk_free_bytes: int | None = None
+    temperature_c: float | None = None
+    clock_skew_ms: float | None = None
+    certificate_expires_at_ns: int | None = None
+    health: dict[str, float] = {}
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="type"):
+    """What became of an order (`splitward.wire.orders`); a device may send several as it goes on.
+
+    `of` is the order's id, `reason` a stable code where it was not done, `model` the one that runs now.
+    """
+
+    of: str
+    kind: Literal["bundle", "command"]
+    state: Literal["accepted", "done", "refused", "rolled_back", "failed"]
+    reason: str = ""
+    message: str = ""
+    model: str = ""
+    at_ns: int = 0
 
 
 _T = TypeVar("_T")
 _encoder = msgspec.json.Encoder()
 _reply: msgspec.json.Decoder[Result | Refusal] = msgspec.json.Decoder(Result | Refusal)
 _status = msgspec.json.Decoder(Status)
+_outcome = msgspec.json.Decoder(Outcome)
 
 
-def encode_control(message: Result | Refusal | Status) -> bytes:
+def encode_control(message: Result | Refusal | Status | Outcome) -> bytes:
     """JSON bytes of a control message."""
     return _encoder.encode(message)
 
@@ -75,6 +100,11 @@ def decode_reply(payload: bytes) -> Result | Refusal:
 def decode_status(payload: bytes) -> Status:
     """Status held by `payload`; `MessageError` (`bad_json`, `oversize`) when it holds none."""
     return _decode(payload, _status)
+
+
+def decode_outcome(payload: bytes) -> Outcome:
+    """Outcome held by `payload`; `MessageError` (`bad_json`, `oversize`) when it holds none."""
+    return _decode(payload, _outcome)
 
 
 def _decode(payload: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:

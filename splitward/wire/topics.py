@@ -1,4 +1,4 @@
-"""MQTT topics `splitward/v1/{site}/{device}/{activation|result|status|command|bundle}`, one function each."""
+"""MQTT topics `splitward/v1/{site}/{device}/{activation|result|status|command|bundle|outcome}`, one function each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from splitward.errors import WireError
 from splitward.wire.message import NAME
 
 ROOT = "splitward/v1"
-KINDS = ("activation", "result", "status", "command", "bundle")
+KINDS = ("activation", "result", "status", "command", "bundle", "outcome")
 
 
 def activation(site: str, device: str) -> str:
@@ -34,6 +34,11 @@ def bundle(site: str, device: str) -> str:
     return f"{ROOT}/{site}/{device}/bundle"
 
 
+def outcome(site: str, device: str) -> str:
+    """Device to cloud: what became of a command or of an announced bundle."""
+    return f"{ROOT}/{site}/{device}/outcome"
+
+
 def every_activation(group: str) -> str:
     """Filter of the shared subscription by which the workers of `group` divide all activations."""
     return f"$share/{group}/{ROOT}/+/+/activation"
@@ -42,6 +47,11 @@ def every_activation(group: str) -> str:
 def every_status() -> str:
     """Filter for the status of every device."""
     return f"{ROOT}/+/+/status"
+
+
+def every_outcome() -> str:
+    """Filter for the outcomes of every device's orders."""
+    return f"{ROOT}/+/+/outcome"
 
 
 def parse(topic: str) -> tuple[str, str, str]:

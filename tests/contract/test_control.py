@@ -13,9 +13,11 @@ from splitward.errors import MessageError
 from splitward.wire.control import (
     MAX_BYTES,
     STREAMS,
+    Outcome,
     Refusal,
     Result,
     Status,
+    decode_outcome,
     decode_reply,
     decode_status,
     encode_control,
@@ -51,6 +53,21 @@ STATUS = Status(
     sent=9,
     results=7,
     dropped={"spool_full": 1},
+    spooled_bytes=208,
+    disk_free_bytes=21_474_836_480,
+    temperature_c=47.5,
+    clock_skew_ms=-3.5,
+    certificate_expires_at_ns=1_821_536_000_000_000_000,
+    health={"restarts": 0},
+)
+OUTCOME = Outcome(
+    of="00112233445566778899aabbccddeeff",
+    kind="bundle",
+    state="refused",
+    reason="bad_signature",
+    message="mnist.bundle: the signature is not the trusted key's.",
+    model=MODEL,
+    at_ns=1_790_000_000_423_456_789,
 )
 GOLDEN = [
     (
@@ -70,19 +87,28 @@ GOLDEN = [
         STATUS,
         b'{"type":"status","state":"online","version":"0.1.0","model":"0f0e0d0c0b0a09080706050403020100",'
         b'"model_name":"mnist-sealed","runtime":"onnx-int8, onnxruntime 1.32.0","at_ns":1790000000323456789,'
-        b'"queued":2,"captured":10,"sent":9,"results":7,"dropped":{"spool_full":1}}',
+        b'"queued":2,"captured":10,"sent":9,"results":7,"dropped":{"spool_full":1},"spooled_bytes":208,'
+        b'"disk_free_bytes":21474836480,"temperature_c":47.5,"clock_skew_ms":-3.5,'
+        b'"certificate_expires_at_ns":1821536000000000000,"health":{"restarts":0}}',
+    ),
+    (
+        OUTCOME,
+        b'{"type":"outcome","of":"00112233445566778899aabbccddeeff","kind":"bundle","state":"refused",'
+        b'"reason":"bad_signature","message":"mnist.bundle: the signature is not the trusted key\'s.",'
+        b'"model":"0f0e0d0c0b0a09080706050403020100","at_ns":1790000000423456789}',
     ),
 ]
 INTEGERS = st.integers(0, 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 HEXES = st.binary(min_size=16, max_size=16).map(bytes.hex)
 
-Control = Result | Refusal | Status
+Control = Result | Refusal | Status | Outcome
+DECODERS = {Result: decode_reply, Refusal: decode_reply, Status: decode_status, Outcome: decode_outcome}
 
 
 def decode(payload: bytes, kind: type[Control]) -> Control:
     """`payload` as a message of `kind`."""
-    return decode_status(payload) if kind is Status else decode_reply(payload)
+    return DECODERS[kind](payload)
 
 
 def verdict(payload: bytes, kind: type[Control]) -> str:
@@ -97,7 +123,7 @@ def verdict(payload: bytes, kind: type[Control]) -> str:
     return reason
 
 
-@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=["result", "refusal", "status"])
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=["result", "refusal", "status", "outcome"])
 def test_golden_bytes(message: Control, golden: bytes) -> None:
     assert encode_control(message) == golden
     assert decode(golden, type(message)) == message
@@ -133,6 +159,11 @@ def test_the_streams_of_a_result_have_one_order() -> None:
         *(TEXT, HEXES, TEXT, TEXT),
         *[INTEGERS] * 5,
         dropped=st.dictionaries(TEXT, INTEGERS, max_size=3),
+        temperature_c=st.none() | st.floats(-40, 125),
+        health=st.dictionaries(TEXT, st.floats(0, 1e9), max_size=3),
+    )
+    | st.builds(
+        Outcome, HEXES, st.sampled_from(["bundle", "command"]), st.sampled_from(["done", "failed"]), TEXT
     )
 )
 def test_round_trip(message: Control) -> None:

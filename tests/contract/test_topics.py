@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from splitward.errors import WireError
 from splitward.wire import topics
 
-BUILDERS = (topics.activation, topics.result, topics.status, topics.command, topics.bundle)
+BUILDERS = (
+    topics.activation,
+    topics.result,
+    topics.status,
+    topics.command,
+    topics.bundle,
+    topics.outcome,
+)
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
@@ -22,6 +29,7 @@ def test_golden_topics() -> None:
         "splitward/v1/ward-7/pi_4/status",
         "splitward/v1/ward-7/pi_4/command",
         "splitward/v1/ward-7/pi_4/bundle",
+        "splitward/v1/ward-7/pi_4/outcome",
     ]
     assert topics.every_activation("cloud") == "$share/cloud/splitward/v1/+/+/activation"
     assert topics.every_status() == "splitward/v1/+/+/status"
@@ -39,6 +47,7 @@ def test_the_filters_cover_the_topics_that_the_cloud_reads(site: str, device: st
     for filters, topic in (
         (activations, topics.activation(site, device)),
         (topics.every_status(), topics.status(site, device)),
+        (topics.every_outcome(), topics.outcome(site, device)),
     ):
         levels = list(zip(filters.split("/"), topic.split("/"), strict=True))
         assert all(level in ("+", part) for level, part in levels)
