@@ -14,6 +14,7 @@ from typing import Any
 
 from splitward import __version__
 from splitward.errors import SplitwardError
+from splitward.reproduce.cli import add_reproduce
 
 DEFAULT_KEY = Path("~/.config/splitward/signing.key")
 
@@ -93,42 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_audit(commands)
 
-    _add_reproduce(commands)
+    add_reproduce(commands)
 
     keygen = commands.add_parser("keygen", help="make a signing key; devices trust its .pub file")
     keygen.add_argument("key", type=Path, nargs="?", default=DEFAULT_KEY)
     keygen.set_defaults(run=_keygen)
     return parser
-
-
-def _add_reproduce(commands: Any) -> None:
-    reproduce = commands.add_parser("reproduce", help="repeat the published experiments").add_subparsers(
-        required=True, metavar="WHAT"
-    )
-    paper = reproduce.add_parser("paper", help="the experiments of the method's own paper")
-    paper.add_argument("--out", type=Path, required=True, help="folder; the same command again goes on")
-    paper.add_argument("--mias", type=Path, metavar="FOLDER", help="the unpacked mini-MIAS archive")
-    paper.add_argument("--effort", type=float, default=1.0, help="factor on images, epochs and steps")
-    paper.set_defaults(run=_reproduce_paper)
-
-    privacy = reproduce.add_parser("privacy", help="every defence on every data set, attacked; hours")
-    privacy.add_argument("--out", type=Path, required=True, help="folder; the same command again goes on")
-    privacy.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of the networks (default: runs)"
-    )
-    privacy.add_argument("--data", type=Path, default=Path(), help="folder with pneumoniamnist.npz and mias/")
-    privacy.add_argument("--only", help="data sets, with commas (default: all)")
-    privacy.add_argument("--defences", help="names, with commas (default: all)")
-    privacy.add_argument("--seeds", help="seeds of the target networks, with commas (default: all)")
-    privacy.add_argument("--table", action="store_true", help="only make the table of the cells that are done")
-    privacy.set_defaults(run=_reproduce_privacy)
-
-    hijack = reproduce.add_parser(
-        "hijack", help="feature-space hijacking of a training, under the client's guard"
-    )
-    hijack.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    hijack.add_argument("--defences", default="none,sealed", help="names, with commas (default: none,sealed)")
-    hijack.set_defaults(run=_reproduce_hijack)
 
 
 def _add_audit(commands: Any) -> None:
@@ -244,63 +215,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     if values["attacks"] is not None:
         values["attacks"] = tuple(values["attacks"].split(","))
     return run_audit(AuditSettings(**values, command=shlex.join(["splitward", *arguments.words])))
-
-
-def _reproduce_paper(arguments: argparse.Namespace) -> int:
-    from splitward.reproduce.paper import reproduce_paper
-
-    command = shlex.join(["splitward", *arguments.words])
-    reproduce_paper(arguments.out, mias=arguments.mias, effort=arguments.effort, command=command)
-    return 0
-
-
-def _reproduce_privacy(arguments: argparse.Namespace) -> int:
-    from splitward.reproduce.plan import DEFENCE_NAMES, PLANS, TARGET_SEEDS
-    from splitward.reproduce.privacy import Grid, run_grid
-    from splitward.reproduce.table import write_table
-
-    grid = Grid(
-        arguments.out,
-        arguments.runs,
-        arguments.data,
-        _chosen("--only", arguments.only, tuple(PLANS)),
-        _chosen("--defences", arguments.defences, DEFENCE_NAMES),
-        [int(seed) for seed in _chosen("--seeds", arguments.seeds, tuple(str(seed) for seed in TARGET_SEEDS))],
-    )
-    if not arguments.table:
-        run_grid(grid)
-    write_table(arguments.out)
-    sys.stdout.write(f"{arguments.out / 'privacy.json'}\n")
-    return 0
-
-
-def _reproduce_hijack(arguments: argparse.Namespace) -> int:
-    from splitward.audit.hijack_trial import run_trial
-    from splitward.data import open_dataset
-    from splitward.reproduce.plan import DEFENCE_NAMES
-    from splitward.training.run import write_atomically
-    from splitward.versions import versions
-
-    dataset = open_dataset("mnist")
-    found = {
-        name: run_trial(dataset, "mnist", name)
-        for name in _chosen("--defences", arguments.defences, DEFENCE_NAMES)
-    }
-    command = shlex.join(["splitward", *arguments.words])
-    text = json.dumps({**found, "command": command, "versions": versions()}, indent=2)
-    write_atomically(arguments.out, text + "\n")
-    sys.stdout.write(f"{arguments.out}\n")
-    return 0
-
-
-def _chosen(option: str, given: str | None, known: tuple[str, ...]) -> list[str]:
-    """Names from a list with commas, all of `known` by default."""
-    if given is None:
-        return list(known)
-    names = [name.strip() for name in given.split(",")]
-    if strange := [name for name in names if name not in known]:
-        raise SplitwardError(f"{option} {', '.join(strange)}: not known; choose from {', '.join(known)}.")
-    return names
 
 
 def _keygen(arguments: argparse.Namespace) -> int:

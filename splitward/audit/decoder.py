@@ -9,6 +9,7 @@ because no one reconstruction has both the least squared error and the greatest 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from splitward.audit.practice import Pairs, Practice
 from splitward.training.loop import reproducible
 
 _CHECKS = 12
+_WARM_UP = 0.1
+"""Share of the steps in which the rate rises: a decoder that begins at full rate under SSIM can die at once."""
 _CHECKED = 500
 _CHUNK = 250
 Extra = Callable[[Pairs, Tensor], Tensor]
@@ -137,7 +140,7 @@ class DecoderAttack:
     labelled : bool
         Whether the attacker knows each target's label and tells it to the decoder.
     steps, batch, rate : int, int, float
-        Of Adam, its rate falling to 0 along a cosine.
+        Of Adam, its rate rising at first, then falling to 0 along a cosine; gradients are clipped to norm 1.
     ssim_weight : float
         Of `1 - SSIM` in the loss, beside the mean squared error.
     effort : float
@@ -201,7 +204,7 @@ class DecoderAttack:
         )
         steps = max(1, round(self.steps * self.effort))
         optimiser = torch.optim.Adam(decoder.parameters(), self.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate_at(step / steps))
         held = practice.release(practice.held_rows[:_CHECKED])
         decoder.scale_to(held.released)
         best, least = decoder.state_dict(), float("inf")
@@ -213,6 +216,7 @@ class DecoderAttack:
                 loss = loss + extra(pairs, output)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             if step % max(1, steps // _CHECKS) == 0 or step == steps:
@@ -224,6 +228,11 @@ class DecoderAttack:
 
     def _distance(self, output: Tensor, frames: Tensor) -> Tensor:
         return F.mse_loss(output, frames) + self.ssim_weight * (1 - ssim(output, frames).mean())
+
+
+def _rate_at(done: float) -> float:
+    """Share of the full rate after the share `done` of the steps."""
+    return min((done + 0.01) / _WARM_UP, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 SMALL = DecoderAttack("small", width=24, depth=0, steps=600)

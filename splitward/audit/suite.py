@@ -24,8 +24,9 @@ from splitward.audit.ledger import Ledger
 from splitward.audit.measure import Floors, label_floor, measure, open_floors, to_pixels
 from splitward.training.run import save_tensors
 
-Attacked = Literal["deployed", "map off", "undefended"]
-"""The path of a cell: as deployed, with the intentional attack switched off, or the undefended ceiling."""
+Attacked = Literal["deployed", "map off", "undefended", "deployed, more budget"]
+"""The path of a cell: as deployed, with the intentional attack switched off, the undefended ceiling, or as deployed
+but with more of the attack's budget than the others have."""
 
 SHOWN = 10
 NEEDS_RUN: frozenset[Knowledge] = frozenset(

@@ -8,14 +8,17 @@ RUNS/DATA-DEFENCE-SEED/              the trained networks; they may be deleted w
 ```
 
 A finished cell is never done again, wherever the grid goes on: its ledger names the settings, not the machine.
+
+The search for the settings of `sealed` is a grid too, of plans with variants (OUT/search/, OUT/search.json). It never
+sees a test image.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +26,40 @@ import torch
 from torch import Tensor
 
 from splitward.audit.attack import Attack, Case
-from splitward.audit.attacks import FULL, MAP_OFF
+from splitward.audit.attacks import MAP_OFF, QUICK
 from splitward.audit.case import make_case
 from splitward.audit.certificate import candidates_bound, certify
 from splitward.audit.ledger import Ledger
 from splitward.audit.measure import Floors, draw_floors, measure
 from splitward.audit.metrics import roc_auc
-from splitward.audit.suite import NEEDS_RUN, cell_key
+from splitward.audit.suite import NEEDS_RUN, Attacked, cell_key
 from splitward.audit.target import Target, open_target
-from splitward.data import Dataset, open_dataset
-from splitward.reproduce.plan import CAPTURES, DEFENCE_NAMES, PLANS, TARGET_SEEDS, Plan, attacker_seeds
+from splitward.data import Dataset, Split, open_dataset, split_by_patient
+from splitward.method.split import SplitSettings
+from splitward.reproduce.plan import (
+    CAPTURES,
+    DEFENCE_NAMES,
+    PLANS,
+    SEARCH_ATTACKS,
+    TARGET_SEEDS,
+    TIMES,
+    Plan,
+    attack_names,
+    attacker_seeds,
+)
 from splitward.training.loop import evaluate, frames_of, predict, to_unit, train
 from splitward.training.settings import RunSettings, split_settings
 
 _BUILT_IN = ("mnist", "phantom")
 TRAINING = {"cell": "training"}
+MORE_BUDGET: Attacked = "deployed, more budget"
+"""Path of the cell in which the strongest attack has `TIMES` its budget."""
 CERTIFIED_FRAMES = 2000
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the grid lies, and how much of it is wanted."""
+    """Where the grid lies, and how much of it is wanted; `kind` names its folder of ledgers."""
 
     out: Path
     runs: Path
@@ -51,19 +67,17 @@ class Grid:
     only: Sequence[str] = tuple(PLANS)
     defences: Sequence[str] = DEFENCE_NAMES
     target_seeds: Sequence[int] = TARGET_SEEDS
+    plans: Mapping[str, Plan] = field(default_factory=lambda: PLANS)
+    kind: str = "privacy"
 
 
 def run_grid(grid: Grid) -> None:
     """Do every cell that is not done: target seed by target seed, so that an unfinished grid is a small whole one."""
     for seed in grid.target_seeds:
         for name in grid.only:
-            for defence in grid.defences:
-                _attack_target(grid, PLANS[name], defence, seed)
-
-
-def cell_path(grid: Grid, plan: Plan, defence: str, seed: int) -> Path:
-    """Ledger of one target network."""
-    return grid.out / "privacy" / f"{plan.name}-{defence}-{seed}.jsonl"
+            plan = grid.plans[name]
+            for defence in ("none", *plan.variants) if plan.variants else grid.defences:
+                _attack_target(grid, plan, defence, seed)
 
 
 def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
@@ -72,21 +86,20 @@ def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
         data=plan.spec,
         task=plan.task,
         size=plan.size,
-        split=split_settings(dataset, defence),
+        split=_split_settings(plan, dataset, defence),
         epochs=plan.epochs,
         batch=plan.batch,
         learning_rate=plan.learning_rate,
         shift=plan.shift,
         seed=seed,
     )
-    ledger = Ledger(cell_path(grid, plan, defence, seed), {"run": settings.to_dict(), "sizes": _sizes(plan)})
-    waiting = [cell for cell in _cells(defence, seed) if ledger.find(cell.key) is None]
-    if not waiting and ledger.find(TRAINING) is not None:
+    name = f"{plan.name}-{defence}-{seed}"
+    ledger = Ledger(grid.out / grid.kind / f"{name}.jsonl", {"run": settings.to_dict(), "sizes": _sizes(plan)})
+    if not _waiting(plan, defence, seed, ledger) and ledger.find(TRAINING) is not None:
         return
-    folder = grid.runs / f"{plan.name}-{defence}-{seed}"
     began_s = time.monotonic()
-    run = train(dataset, settings, folder)
-    target = open_target(folder)
+    run = train(dataset, settings, grid.runs / grid.kind / name, progress=False)
+    target = open_target(run.folder)
     case, originals = make_case(
         target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed
     )
@@ -94,8 +107,15 @@ def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
     if ledger.find(TRAINING) is None:
         ledger.append(TRAINING, _training(target, dataset, run.read_metrics(), case, originals, floors)
                       | {"seconds": round(time.monotonic() - began_s, 1)})  # fmt: skip
-    for cell in waiting:
-        _run(cell, target, dataset, plan, case, originals, floors, ledger, seed)
+    while cells := _waiting(plan, defence, seed, ledger):
+        for cell in cells:
+            _run(cell, target, dataset, plan, case, originals, floors, ledger, seed)
+
+
+def _split_settings(plan: Plan, dataset: Dataset, defence: str) -> SplitSettings:
+    if defence in plan.variants:
+        return split_settings(dataset, "sealed", seal=plan.variants[defence])
+    return split_settings(dataset, defence)
 
 
 @dataclass(frozen=True)
@@ -103,27 +123,42 @@ class _Cell:
     name: str
     attack: Attack
     attacker: int
-    map_on: bool
+    path: Attacked = "deployed"
 
     @property
     def key(self) -> dict[str, Any]:
-        return cell_key(self.name, self.attack, self.attacker, "deployed" if self.map_on else "map off")
+        return cell_key(self.name, self.attack, self.attacker, self.path)
 
 
-def _cells(defence: str, seed: int) -> Iterator[_Cell]:
+def _waiting(plan: Plan, defence: str, seed: int, ledger: Ledger) -> list[_Cell]:
+    """Cells that are not done. Only when all others are, it is known which attack gets more of its budget."""
+    cells = list(_cells(plan, defence, seed))
+    waiting = [cell for cell in cells if ledger.find(cell.key) is None]
+    if waiting or defence != "sealed" or seed != TARGET_SEEDS[0]:
+        return waiting
+    scaled = [cell for cell in cells if cell.path == "deployed" and cell.attack.card.phase == "inference"
+              and hasattr(cell.attack, "effort")]  # fmt: skip
+    if not scaled:
+        return []
+    worst: Any = max(scaled, key=lambda cell: (ledger.find(cell.key) or {})["ssim"]["mean"])
+    more = replace(worst.attack, effort=TIMES * worst.attack.effort)
+    again = _Cell(worst.name, more, worst.attacker, MORE_BUDGET)
+    return [] if ledger.find(again.key) else [again]
+
+
+def _cells(plan: Plan, defence: str, seed: int) -> Iterator[_Cell]:
     """Every attack with every attacker's seed; those on the path without its map once a target.
 
     A label has no gradient, so that only the attacks that need no weights work on the control.
     """
-    attackers = attacker_seeds(defence, seed)
-    for name, attack in FULL.items():
-        if defence == "label" and NEEDS_RUN & set(attack.card.knows):
-            continue
-        for attacker in attackers:
-            yield _Cell(name, attack, attacker, map_on=True)
+    attackers = attacker_seeds(defence, seed)[: 1 if plan.variants else None]
+    for index, attacker in enumerate(attackers):
+        for name in SEARCH_ATTACKS if plan.variants else attack_names(defence, index):
+            if defence != "label" or not NEEDS_RUN & set(QUICK[name].card.knows):
+                yield _Cell(name, QUICK[name], attacker)
     if defence in ("psgl", "sealed"):
         for name in MAP_OFF:
-            yield _Cell(name, FULL[name], attackers[0], map_on=False)
+            yield _Cell(name, QUICK[name], attackers[0], "map off")
 
 
 def _run(
@@ -138,7 +173,7 @@ def _run(
     seed: int,
 ) -> None:
     began_s = time.monotonic()
-    if not cell.map_on:
+    if cell.path == "map off":
         case, originals = make_case(
             target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed,
             map_on=False,
@@ -155,7 +190,7 @@ def _run(
         result["bound_mse"] = candidates_bound(target.clean(own), own, sigma, seed=seed)[0]
     ledger.append(cell.key, result)
     sys.stdout.write(
-        f"{ledger.path.stem} {cell.name} {cell.attacker}{'' if cell.map_on else ' map off'}: "
+        f"{ledger.path.stem} {cell.name} {cell.attacker} {cell.path}: "
         f"SSIM {result['ssim']['mean']:.3f}, MSE {result['mse']['mean']:.4f}, {result['seconds']:.0f} s\n"
     )
     sys.stdout.flush()
@@ -189,9 +224,20 @@ def _training(
 
 
 def open_plan(plan: Plan, data: Path, seed: int) -> Dataset:
-    """The data set of a plan, split anew for each seed where the plan says so."""
+    """The data set of a plan, split anew for each seed where the plan says so; without test images for a search."""
     spec = plan.spec if plan.spec in _BUILT_IN else str(data / plan.spec)
-    return open_dataset(spec, task=plan.task, size=plan.size, seed=seed if plan.resplit else 0)
+    dataset = open_dataset(spec, task=plan.task, size=plan.size, seed=seed if plan.resplit else 0)
+    return without_test(dataset) if plan.variants else dataset
+
+
+def without_test(dataset: Dataset) -> Dataset:
+    """The validation split in place of the test split, and a fifth of the training patients in place of it."""
+    whole = dataset.train
+    kept, held = (
+        Split(whole.images[rows], whole.labels[rows], whole.patients[rows])
+        for rows in split_by_patient(whole.patients, whole.labels, (0.8, 0.2), seed=0)
+    )
+    return replace(dataset, train=kept, validation=held, test=dataset.validation)
 
 
 def _sizes(plan: Plan) -> dict[str, int]:

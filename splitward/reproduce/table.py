@@ -9,14 +9,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from splitward.audit.attacks import FULL
+from splitward.audit.attacks import QUICK
 from splitward.audit.frontier import Point, draw_frontier, frontier
 from splitward.errors import AuditError
+from splitward.reproduce.plan import TIMES
+from splitward.reproduce.privacy import MORE_BUDGET
 from splitward.training.run import write_atomically
 from splitward.versions import versions
 
 Line = dict[str, Any]
-COMMAND = "splitward reproduce privacy --out docs/results --data FOLDER"
+COMMANDS = {
+    kind: f"splitward reproduce {kind} --out docs/results --data FOLDER" for kind in ("privacy", "search")
+}
 _TRAINING = "training"
 
 
@@ -53,7 +57,7 @@ def make_table(folder: Path) -> dict[str, Any]:
             "frontier": [point.name for point in frontier(_points(rows))],
             "certificate": _certificate(defences.get("sealed", [])),
         }
-    return {**sets, "command": COMMAND, "versions": versions()}
+    return {**sets, "versions": versions()}
 
 
 def _trainings(targets: Iterable[list[Line]]) -> list[Line]:
@@ -100,7 +104,33 @@ def _defence(targets: list[list[Line]]) -> dict[str, Any]:
             "min_mse": passive[by_mse]["mse"],
             "min_mse_attack": by_mse,
         }
-    return row | {"attacks": attacks} | ({"map_off": off} if off else {})
+    more = _attacks(targets, MORE_BUDGET)
+    return (
+        row
+        | {"attacks": attacks}
+        | ({"map_off": off} if off else {})
+        | ({"more_budget": _moved(more, targets)} if more else {})
+    )
+
+
+def _moved(more: dict[str, Any], targets: Sequence[list[Line]]) -> dict[str, Any]:
+    """By how much more budget moves the strongest attack's SSIM, on the cell where it was tried."""
+    (name, with_more), *_ = more.items()
+    keys = [line["key"] for lines in targets for line in lines if line["key"].get("attacked") == MORE_BUDGET]
+    (once,) = (
+        line["result"]["ssim"]["mean"]
+        for lines in targets
+        for line in lines
+        if (line["key"].get("attacked"), line["key"].get("attack"), line["key"].get("seed"))
+        == ("deployed", name, keys[0]["seed"])
+    )
+    return {
+        "attack": name,
+        "times": TIMES,
+        "ssim": round(once, 5),
+        "ssim_with_more": with_more["ssim"],
+        "moved": round(with_more["ssim"] - once, 5),
+    }
 
 
 def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
@@ -111,7 +141,7 @@ def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
                 cells[line["key"]["attack"]].append(line["result"])
     return {
         name: {
-            "phase": FULL[name].card.phase,
+            "phase": QUICK[name].card.phase,
             "ssim": round(fmean(cell["ssim"]["mean"] for cell in found), 5),
             "ssim_std": round(stdev(cell["ssim"]["mean"] for cell in found), 5) if len(found) > 1 else 0.0,
             "ssim_max": round(max(cell["ssim"]["mean"] for cell in found), 5),
@@ -125,7 +155,7 @@ def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
             "seconds": round(fmean(cell["seconds"] for cell in found), 1),
         }
         for name, found in cells.items()
-        if name in FULL
+        if name in QUICK
     }
 
 
@@ -171,10 +201,10 @@ def _points(rows: dict[str, Any]) -> list[Point]:
     ]
 
 
-def write_table(out: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write `privacy.json` and a plot for each data set; returns the table."""
-    table = make_table(out / "privacy") | (extra or {})
-    write_atomically(out / "privacy.json", json.dumps(table, indent=2) + "\n")
+def write_table(out: Path, kind: str = "privacy", extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write `KIND.json` and a plot for each data set; returns the table."""
+    table = make_table(out / kind) | {"command": COMMANDS[kind]} | (extra or {})
+    write_atomically(out / f"{kind}.json", json.dumps(table, indent=2) + "\n")
     for data, one in table.items():
         if isinstance(one, dict) and "defences" in one and (points := _points(one["defences"])):
             floors = one["floors"]
@@ -182,7 +212,7 @@ def write_table(out: Path, extra: dict[str, Any] | None = None) -> dict[str, Any
                 "label, best SSIM": floors["class_template"]["ssim"],
                 "label, mean": floors["class_mean"]["ssim"],
             }
-            (out / f"privacy-{data}.png").write_bytes(
+            (out / f"{kind}-{data}.png").write_bytes(
                 draw_frontier(points, lines, f"{data}: accuracy against leakage")
             )
     return table

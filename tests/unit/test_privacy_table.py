@@ -11,10 +11,12 @@ import torch
 
 from splitward.audit.attack import Case
 from splitward.audit.ridge import Ridge
+from splitward.data import phantom
 from splitward.errors import AuditError
+from splitward.reproduce import plan as plan_module
 from splitward.reproduce import privacy, table
-from splitward.reproduce.plan import PLANS, Plan, attacker_seeds
-from splitward.reproduce.privacy import Grid, run_grid
+from splitward.reproduce.plan import PLANS, TIMES, Plan, attacker_seeds
+from splitward.reproduce.privacy import Grid, open_plan, run_grid, without_test
 from splitward.reproduce.table import make_table, write_table
 
 DEFENCES = ("none", "sealed", "label")
@@ -31,16 +33,28 @@ class Cheat:
         return case.frames
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """Ridge regression that could be given more steps, if it had any; weaker than plain ridge regression."""
+
+    effort: float = 0.5
+    card = replace(Ridge().card, name="scaled")
+
+    def reconstruct(self, case: Case, seed: int) -> torch.Tensor:
+        return 0.5 * Ridge().reconstruct(case, seed)
+
+
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     """A finished grid of one target seed, attacked by ridge regression and by a cheat."""
     folder = tmp_path_factory.mktemp("grid")
     plan = Plan("phantom", "phantom", "mass", 28, epochs=1, batch=64, shift=1, auxiliary=120, targets=20)
-    attacks = {"ridge": Ridge(), "cheat": Cheat()}
+    attacks = {"ridge": Ridge(), "scaled": Scaled(), "cheat": Cheat()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PLANS, "phantom", plan)
-        for module in (privacy, table):
-            patch.setattr(module, "FULL", attacks)
+        for module in (privacy, table, plan_module):
+            patch.setattr(module, "QUICK", attacks)
+        patch.setattr(plan_module, "CORE", ("ridge",))
         patch.setattr(privacy, "MAP_OFF", ("ridge",))
         made = Grid(folder, folder / "runs", folder, ("phantom",), DEFENCES, (0,))
         run_grid(made)
@@ -80,7 +94,31 @@ def test_an_attack_below_the_bound_is_named(grid):
 def test_attacks_that_need_a_gradient_leave_the_control_out(grid):
     rows = json.loads((grid.out / "privacy.json").read_text())["phantom"]["defences"]
     assert rows["label"]["attacks"].keys() == {"ridge"}
-    assert rows["none"]["attacks"].keys() == {"ridge", "cheat"}
+    assert rows["none"]["attacks"].keys() == {"ridge", "scaled", "cheat"}
+
+
+def test_more_of_the_strongest_attack_is_tried_on_sealed(grid):
+    rows = json.loads((grid.out / "privacy.json").read_text())["phantom"]["defences"]
+    assert {name for name, row in rows.items() if "more_budget" in row} == {"sealed"}
+    more = rows["sealed"]["more_budget"]
+    assert (more["attack"], more["times"]) == ("scaled", TIMES)
+    assert more["moved"] == pytest.approx(more["ssim_with_more"] - more["ssim"], abs=2e-5)
+
+
+def test_a_search_never_sees_a_test_image():
+    dataset = phantom.load("mass", 28, seed=0, count=120)
+    plan = Plan("phantom", "phantom", "mass", 28, 1, 64, 0, variants={"k4": {"values": 4}})
+    searched = without_test(dataset)
+    shown = {
+        split.tobytes() for name in ("train", "validation", "test") for split in getattr(searched, name).images
+    }
+    assert not shown & {image.tobytes() for image in dataset.test.images}
+    assert searched.test is dataset.validation
+    assert not set(searched.train.patients) & set(searched.validation.patients)
+    assert (
+        open_plan(plan, Path(), 0).test.images.shape
+        == open_plan(replace(plan, variants={}), Path(), 0).validation.images.shape
+    )
 
 
 def test_no_two_targets_share_an_attacker():
