@@ -29,8 +29,8 @@ from splitward.training.settings import RunSettings, split_settings
 from splitward.versions import versions
 
 PROFILES = ("none", "psgl")
-MNIST_EPOCHS, MIAS_EPOCHS = 3, 6
-MIAS_TASKS, MIAS_SIZE = ("density", "severity"), 64
+MNIST_EPOCHS, MIAS_EPOCHS = 3, 12
+MIAS_TASKS, MIAS_SIZE = ("density", "severity"), 32
 _SWEPT = 200
 _LEAST = 64
 

@@ -62,7 +62,7 @@ def _error_table(curves: dict[str, list[dict[str, Any]]]) -> str:
     ]
     header = ("data", "recovery", "noise", "MSE, not recovered", f"MSE at {MU}", "least MSE", "at mu")
     note = f"The paper: least at {MU} on both data sets. Noise in deviations of the activation."
-    return f"{_table(header, rows)}\n{note}\n"
+    return f"{table(header, rows)}\n{note}\n"
 
 
 def _robustness(data: str, rows: list[dict[str, Any]]) -> str:
@@ -74,9 +74,9 @@ def _robustness(data: str, rows: list[dict[str, Any]]) -> str:
     paper = ", ".join(f"{gain:.1f}" for gain in PAPER_GAINS)
     return (
         f"## Accuracy on {data}, per cent\n\n"
-        + _table(("images", "count", "plain split learning", "PSGL"), cells)
+        + table(("images", "count", "plain split learning", "PSGL"), cells)
         + f"\nGains of PSGL in points, where the paper states {paper} % without saying which is which:\n\n"
-        + _table(("images", "gain"), gains)
+        + table(("images", "gain"), gains)
     )
 
 
@@ -108,9 +108,10 @@ def _protocol_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     header = ("task", "protocol", "test images", "of patients in training", "largest class", "plain", "PSGL")
-    return "## Two protocols, per cent\n\n" + _table(header, cells)
+    return "## Two protocols, per cent\n\n" + table(header, cells)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -31,6 +31,7 @@ from splitward.method.recovery import MU, Recovery, svt
 from splitward.method.sealing import Seal
 from splitward.reproduce.plan import PLANS, TARGET_SEEDS
 from splitward.reproduce.privacy import open_plan
+from splitward.reproduce.privacy_page import streams_page
 from splitward.training.loop import NOISE_SEED, frames_of, reproducible, to_unit
 from splitward.training.run import open_run, write_atomically
 from splitward.versions import versions
@@ -162,6 +163,7 @@ def compare_streams(only: Sequence[str], out: Path, runs: Path, data: Path, *, c
         found[name] = {variant: _summarise(results) for variant, results in rows.items()}
     results = {**found, "seeds": list(SEEDS), "command": command, "versions": versions()}
     write_atomically(out / "streams.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(out / "streams.md", streams_page(results))
     return results
 
 

@@ -14,6 +14,7 @@ from splitward.audit.frontier import Point, draw_frontier, frontier
 from splitward.errors import AuditError
 from splitward.reproduce.plan import TIMES
 from splitward.reproduce.privacy import MORE_BUDGET
+from splitward.reproduce.privacy_page import privacy_page
 from splitward.training.run import write_atomically
 from splitward.versions import versions
 
@@ -92,6 +93,7 @@ def _defence(targets: list[list[Line]]) -> dict[str, Any]:
         "validation_accuracy": round(fmean(one["validation"]["decision"] for one in trainings), 5),
         "released_bytes": trainings[0]["released_bytes"],
         "target_seeds": len(trainings),
+        "attackers": _attackers(targets),
     }
     passive = {name: one for name, one in attacks.items() if one["phase"] == "inference"}
     if passive:
@@ -131,6 +133,15 @@ def _moved(more: dict[str, Any], targets: Sequence[list[Line]]) -> dict[str, Any
         "ssim_with_more": with_more["ssim"],
         "moved": round(with_more["ssim"] - once, 5),
     }
+
+
+def _attackers(targets: Sequence[list[Line]]) -> int:
+    """Attackers of each target network; the fewest where they differ."""
+    seeds = [
+        {line["key"]["seed"] for line in lines if line["key"].get("attacked") == "deployed"}
+        for lines in targets
+    ]
+    return min(len(one) for one in seeds)
 
 
 def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
@@ -201,9 +212,15 @@ def _points(rows: dict[str, Any]) -> list[Point]:
     ]
 
 
-def write_table(out: Path, kind: str = "privacy", extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write `KIND.json` and a plot for each data set; returns the table."""
-    table = make_table(out / kind) | {"command": COMMANDS[kind]} | (extra or {})
+def write_table(out: Path, kind: str = "privacy") -> dict[str, Any]:
+    """Write `KIND.json` and a plot for each data set, and the page of the privacy table; returns the table.
+
+    What `splitward reproduce hijack` left in OUT/hijack.json is taken into the privacy table.
+    """
+    table = make_table(out / kind) | {"command": COMMANDS[kind]}
+    if kind == "privacy":
+        table |= _fsha(out / "hijack.json")
+        write_atomically(out / "privacy.md", privacy_page(table))
     write_atomically(out / f"{kind}.json", json.dumps(table, indent=2) + "\n")
     for data, one in table.items():
         if isinstance(one, dict) and "defences" in one and (points := _points(one["defences"])):
@@ -216,3 +233,19 @@ def write_table(out: Path, kind: str = "privacy", extra: dict[str, Any] | None =
                 draw_frontier(points, lines, f"{data}: accuracy against leakage")
             )
     return table
+
+
+def _fsha(path: Path) -> dict[str, Any]:
+    """The hijacking trial: the figures of `sealed` against the published attack, then all of them by profile."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    profiles = {name: row for name, row in found.items() if isinstance(row, dict) and "false_alarms" in row}
+    named = ("detected", "ssim_at_detection", "false_alarms", "honest_trainings", "floor_ssim")
+    short = {
+        name: {key: value for key, value in row.items() if key != "curves"}
+        | {"conditional": {key: value for key, value in row["conditional"].items() if key != "curves"}}
+        for name, row in profiles.items()
+    }
+    first = {key: short["sealed"][key] for key in named} if "sealed" in short else {}
+    return {"fsha": {**first, "profiles": short, "command": found["command"]}}

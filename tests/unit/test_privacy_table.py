@@ -17,9 +17,34 @@ from splitward.reproduce import plan as plan_module
 from splitward.reproduce import privacy, table
 from splitward.reproduce.plan import PLANS, TIMES, Plan, attacker_seeds
 from splitward.reproduce.privacy import Grid, open_plan, run_grid, without_test
+from splitward.reproduce.privacy_page import privacy_page
 from splitward.reproduce.table import make_table, write_table
 
 DEFENCES = ("none", "sealed", "label")
+
+
+def told(detected: bool, at: list[int | None], ssim: float | None) -> dict[str, object]:
+    return {
+        "detected": detected,
+        "step_at_detection": at,
+        "ssim_at_detection": ssim,
+        "ssim_final_without_guard": 0.5,
+        "curves": [],
+    }
+
+
+FSHA = {
+    "command": "splitward reproduce hijack",
+    "profiles": {
+        "sealed": {
+            **told(True, [8, 9], 0.2),
+            "conditional": told(False, [40, None], None),
+            "floor_ssim": 0.318,
+            "false_alarms": 0,
+            "honest_trainings": 20,
+        }
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,27 @@ def test_the_table_has_the_keys_that_readers_rely_on(grid):
     assert sealed["attacks"]["ridge"]["cells"] == 3
     assert sealed["map_off"].keys() == {"ridge"}
     assert (grid.out / "privacy-phantom.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_the_tables_figures(grid, monkeypatch):
+    monkeypatch.setitem(PLANS, "phantom", Plan("phantom", "phantom", "mass", 28, 1, 64, 1))
+    found = json.loads((grid.out / "privacy.json").read_text())
+    row = found["phantom"]["defences"]["sealed"]
+    page = privacy_page({**found, "fsha": FSHA})
+    assert f"| sealed | {100 * row['accuracy']:.2f}" in page
+    assert f"| {row['worst_ssim']:.3f} ± {row['worst_ssim_std']:.3f} | ridge |" in page
+    assert "Not complete: label, none, sealed" in page
+    assert "broken by cheat" in page
+    assert "| sealed | critic told the labels | no | 40, None |  | 0.500 | 0.318 | 0 of 20 |" in page
+
+
+def test_the_hijacking_trial_is_taken_into_the_table(grid, tmp_path):
+    (tmp_path / "hijack.json").write_text(
+        json.dumps({**FSHA["profiles"], "command": "splitward reproduce hijack"})
+    )
+    found = write_table(tmp_path)["fsha"]
+    assert (found["detected"], found["ssim_at_detection"], found["false_alarms"]) == (True, 0.2, 0)
+    assert "curves" not in json.dumps(found)
 
 
 def test_an_attack_below_the_bound_is_named(grid):

@@ -1,0 +1,167 @@
+"""The page beside `privacy.json`: the tables for a person, each with what it may not be read as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from splitward.reproduce.paper_page import table
+from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attacker_seeds
+
+_READ = """\
+How to read them: docs/method.md. `worst SSIM` is the strongest attack at inference (mean over target networks and
+attackers), `least MSE` likewise. The floors need nothing but the label: the mean image of each class, and for SSIM
+the image of each class that was drawn to have the highest (an attacker who knows the label sends that one). No
+accurate classifier can leak less. `sealed` is attacked by every attack with every attacker's seed, `none` and
+`psgl` by every attack once and by the six strongest with the other seeds, the others by these six: a defence that
+was attacked less can only look better. Attacks on training are in `privacy.json`, apart.
+"""
+
+
+def privacy_page(results: dict[str, Any]) -> str:
+    """Markdown of `results`, as `privacy.json` holds them."""
+    parts = [
+        "# Privacy of every defence, attacked as deployed\n",
+        f"Command: `{results['command']}`. Figures: `privacy.json`, made from the ledgers in `privacy/`.\n",
+        _READ,
+    ]
+    for name, plan in PLANS.items():
+        if name in results:
+            parts.append(_data_set(name, results[name], f"{plan.epochs} epochs, batch {plan.batch}; at most "
+                                   f"{plan.auxiliary} auxiliary images and {plan.targets} targets"))  # fmt: skip
+    if fsha := results.get("fsha"):
+        parts.append(_fsha(fsha))
+    return "\n".join(parts)
+
+
+def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
+    rows, floors = found["defences"], found["floors"]
+    cells = [
+        (
+            defence,
+            _percent(row["accuracy"], row["accuracy_std"]),
+            f"{row['auc']:.4f}",
+            _spread(row.get("worst_ssim"), row.get("worst_ssim_std", 0.0), 3),
+            row.get("worst_attack", ""),
+            _spread(row.get("min_mse"), 0.0, 4),
+            row.get("min_mse_attack", ""),
+            str(row["released_bytes"]),
+            f"{row['target_seeds']} x {row['attackers']}",
+        )
+        for defence, row in sorted(rows.items(), key=lambda item: item[1].get("worst_ssim", 2))
+    ]
+    header = (
+        "defence",
+        "accuracy %",
+        "AUC",
+        "worst SSIM",
+        "by",
+        "least MSE",
+        "by",
+        "bytes",
+        "targets x attackers",
+    )
+    wanted = {defence: len(attacker_seeds(defence, 0)) for defence in rows}
+    missing = [
+        defence
+        for defence, row in rows.items()
+        if row["target_seeds"] < len(TARGET_SEEDS) or row["attackers"] < wanted[defence]
+    ]
+    lines = [
+        f"## {name}\n",
+        f"![Accuracy against leakage](privacy-{name}.png)\n",
+        f"{schedule}.\n",
+        table(header, cells),
+        "\nFloors: " + "; ".join(
+            f"{floor.replace('_', ' ')} SSIM {one['ssim']:.3f}, MSE {one['mse']:.4f}" for floor, one in floors.items()
+        ) + f". On the frontier: {', '.join(found['frontier'])}.\n",
+    ]  # fmt: skip
+    if missing:
+        lines.append(
+            f"Not complete: {', '.join(missing)} with fewer than {len(TARGET_SEEDS)} targets or fewer attackers "
+            "than planned. The same command goes on.\n"
+        )
+    if sealed := rows.get("sealed"):
+        lines.append(_sealed(sealed, found["certificate"]))
+    return "\n".join(lines)
+
+
+def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
+    lines = [
+        "Streams of `sealed` on the test split: "
+        + ", ".join(f"{name} {100 * value:.2f} %" for name, value in row["streams"].items())
+        + "."
+    ]
+    if more := row.get("more_budget"):
+        lines.append(
+            f"{more['times']:g} times the budget of its strongest attack, {more['attack']}, moves its SSIM from "
+            f"{more['ssim']:.3f} to {more['ssim_with_more']:.3f}."
+        )
+    if certificate:
+        broken = ", ".join(certificate["broken_by"]) or "no attack"
+        captures = "; ".join(
+            f"{bound:.4f} from {count} captures of a scene"
+            for count, bound in certificate["captures_mse"].items()
+            if count != "1"
+        )
+        lines.append(
+            f"Certificate: no attacker's MSE is below {certificate['bound_mse']:.4f} ({captures}) on "
+            f"{certificate['frames']} held-out frames, where the class means have "
+            f"{certificate['class_mean_mse']:.4f}; broken by {broken}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _fsha(found: dict[str, Any]) -> str:
+    cells = [
+        (
+            profile,
+            told,
+            "yes" if one["detected"] else "no",
+            ", ".join(str(step) for step in one["step_at_detection"]),
+            _spread(one["ssim_at_detection"], 0.0, 3),
+            f"{one['ssim_final_without_guard']:.3f}",
+            f"{row['floor_ssim']:.3f}",
+            f"{row['false_alarms']} of {row['honest_trainings']}",
+        )
+        for profile, row in found["profiles"].items()
+        for told, one in (("as published", row), ("critic told the labels", row["conditional"]))
+    ]
+    header = ("profile", "attacker", "detected", "at batch", "SSIM then", "SSIM at the end, unguarded", "label floor",
+              "false alarms")  # fmt: skip
+    return f"## Feature-space hijacking of a training (MNIST)\n\nCommand: `{found['command']}`.\n\n" + table(
+        header, cells
+    )
+
+
+def _percent(value: float, deviation: float) -> str:
+    return _spread(100 * value, 100 * deviation, 2)
+
+
+def _spread(value: float | None, deviation: float, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def streams_page(results: dict[str, Any]) -> str:
+    """Markdown of `streams.json`."""
+    parts = [
+        "# What recovery and fusion add under noise\n",
+        f"Command: `{results['command']}`. Figures: `streams.json`. Server halves trained anew on one trained client "
+        f"half of `sealed`, seeds {', '.join(map(str, results['seeds']))}; accuracy on validation data in per cent, "
+        "mean ± standard deviation over the seeds. `attacked alone` is one stream without recovery and fusion; "
+        "`three attacked` says what three classifiers gain by being three.\n",
+    ]
+    for name, rows in results.items():
+        if not isinstance(rows, dict) or "svt" not in rows:
+            continue
+        cells: Sequence[tuple[str, ...]] = [
+            (variant, *(_percent(row[stream], row[f"{stream}_std"])
+                        for stream in ("attacked", "recovered", "fused", "decision")),
+             *(f"{100 * row['decision_by_bits'][bits]:.2f}" for bits in ("6", "4", "3", "2")))
+            for variant, row in rows.items()
+        ]  # fmt: skip
+        header = ("server half", "attacked", "recovered", "fused", "decision", "at 6 bits", "4", "3", "2")
+        parts += [f"## {name}\n", table(header, cells)]
+    return "\n".join(parts)
