@@ -77,7 +77,9 @@ def _variants(*rows: tuple[int, float, float, float]) -> dict[str, dict[str, Any
     }
 
 
-_SMALL = _variants((16, 0.3, 0.5, 0.0), (16, 0.5, 1.0, 0.0), (8, 0.5, 1.0, 0.0), (16, 0.3, 0.5, 0.3))
+_SMALL = _variants(
+    (16, 0.3, 0.5, 0.0), (16, 0.5, 1.0, 0.0), (8, 0.5, 1.0, 0.0), (16, 0.3, 0.5, 0.3), (16, 0.7, 1.0, 0.0)
+)
 SEARCHES = {
     plan.name: plan
     for plan in (
