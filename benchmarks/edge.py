@@ -248,6 +248,7 @@ def main() -> int:
             "agent_cpu_us": "CPU time of the agent for a frame: spool, flush to disk, link; beside the frame's way",
         },
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores, shared",
+        "load_average": [round(one, 1) for one in os.getloadavg()],
         "command": f"python -m benchmarks.edge --count {arguments.count}",
         "versions": versions(),
     }
