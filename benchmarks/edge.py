@@ -95,12 +95,11 @@ def measure(backend: str, folder: Path, arguments: argparse.Namespace, port: int
         answerer.wait(arguments.count // 4)
         pids = [process.pid, *children_of(process.pid)]
         before, at_s, done = [_cpu_s(pid) for pid in pids], time.monotonic(), answerer.answered
-        answerer.wait(arguments.count - 5)
+        answerer.wait(arguments.count)
         after, frames = [_cpu_s(pid) for pid in pids], answerer.answered - done
         rate_hz = frames / (time.monotonic() - at_s)
         memory, together_mb = [memory_of(pid) for pid in pids], _resident_mb(pids)
-        answerer.wait(arguments.count)
-        time.sleep(3.0)  # the last status
+        time.sleep(3.0)  # the next status
         health = dict(answerer.status.health)
     finally:
         process.terminate()
@@ -190,7 +189,9 @@ def _recording(folder: Path, arguments: argparse.Namespace) -> Path:
 
     images, _ = read_recording(arguments.frames)
     path = folder / "frames.npz"
-    np.savez(path, images=images[np.arange(arguments.count) % len(images)])
+    np.savez(
+        path, images=images[np.arange(3 * arguments.count) % len(images)]
+    )  # it does not end while measured
     return path
 
 
