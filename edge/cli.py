@@ -105,7 +105,7 @@ def _list_models(options: argparse.Namespace) -> int:
 
 
 def _install_model(options: argparse.Namespace) -> int:
-    from edge.install import InstallRequest, install_apart
+    from edge.installation import InstallRequest, install_apart
     from edge.models import ModelStore
 
     config = load_settings(options.config)

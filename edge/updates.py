@@ -177,7 +177,7 @@ class Updates:
                 self._book.settle(trial.order, "done")
 
     def _install(self, order: Announcement) -> None:
-        from edge.install import InstallRequest, install_apart
+        from edge.installation import InstallRequest, install_apart
 
         self._installing = order.id
         request = InstallRequest(

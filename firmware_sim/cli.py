@@ -56,8 +56,8 @@ def _chaos(options: dict[str, Any]) -> int:
     return 0 if report.complete else 1
 
 
-def _load(options: dict[str, Any]) -> int:
-    from firmware_sim.load import LoadConfig, run_load
+def _light(options: dict[str, Any]) -> int:
+    from firmware_sim.light import LoadConfig, run_load
 
     given = {key: value for key, value in options.items() if value is not None}
     broker = {key: given.pop(key) for key in ("host", "port") if key in given}
@@ -101,15 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     chaos.add_argument("--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays")
     chaos.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     chaos.set_defaults(run=_chaos)
-    load = commands.add_parser("load", help="hundreds of light devices without a runtime, for load")
-    load.add_argument("--devices", type=int, metavar="N")
-    load.add_argument("--frames", type=int, metavar="N", help="of each device")
-    load.add_argument("--rate-hz", type=float, metavar="HZ", help="of each device")
-    load.add_argument("--window", type=int, metavar="N", help="frames under way of each device")
-    load.add_argument("--timeout-s", type=float, metavar="S")
-    load.add_argument("--bundle", metavar="FILE")
-    load.add_argument("--trusted-key", metavar="FILE")
-    load.add_argument("--host", metavar="HOST")
-    load.add_argument("--port", type=int, metavar="PORT")
-    load.set_defaults(run=_load)
+    light = commands.add_parser("light", help="hundreds of light devices without a runtime, for load")
+    light.add_argument("--devices", type=int, metavar="N")
+    light.add_argument("--frames", type=int, metavar="N", help="of each device")
+    light.add_argument("--rate-hz", type=float, metavar="HZ", help="of each device")
+    light.add_argument("--window", type=int, metavar="N", help="frames under way of each device")
+    light.add_argument("--timeout-s", type=float, metavar="S")
+    light.add_argument("--bundle", metavar="FILE")
+    light.add_argument("--trusted-key", metavar="FILE")
+    light.add_argument("--host", metavar="HOST")
+    light.add_argument("--port", type=int, metavar="PORT")
+    light.set_defaults(run=_light)
     return parser

@@ -205,7 +205,7 @@ def test_a_fleet_loses_nothing(tmp_path: Path, mosquitto: Broker, tiny_bundle: A
 
 
 def test_hundreds_of_light_devices_are_answered(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
-    from firmware_sim.load import LoadConfig, run_load
+    from firmware_sim.light import LoadConfig, run_load
 
     config = LoadConfig(
         devices=100,

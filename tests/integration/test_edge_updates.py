@@ -18,7 +18,7 @@ import edge.disk
 from edge.agent import AgentReport, run_agent
 from edge.config import CaptureConfig, CloudConfig, EdgeConfig, UpdateConfig
 from edge.errors import UpdateError
-from edge.install import InstallRequest, install, install_apart
+from edge.installation import InstallRequest, install, install_apart
 from edge.models import ModelStore
 from edge.settings import load_settings
 from firmware_sim.broker import Broker
@@ -236,7 +236,7 @@ def test_a_bundle_that_crashes_the_releaser_is_rolled_back(
         ModelStore(config).path(report.model).write_bytes(b"no bundle any more")
         return report
 
-    monkeypatch.setattr("edge.install.install_apart", install_and_spoil)
+    monkeypatch.setattr("edge.installation.install_apart", install_and_spoil)
     with cloud_at(mosquitto) as cloud, running(config):
         outcome = cloud.outcome_of(announce(cloud, web, 1, publish(web, tmp_path / "second.bundle", model)))
         assert (outcome.state, outcome.reason) == ("rolled_back", "unreadable")

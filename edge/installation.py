@@ -1,7 +1,7 @@
 """Fetch, verify and probe a bundle, and put it among the installed ones. It does not run yet.
 
-The agent does this in a process of its own (`python -m edge.install`, request on standard input, report on standard
-output): a bundle that crashes or hangs the runtime takes down that process only, and its memory goes with it.
+The agent does this in a process of its own (`python -m edge.installation`, request on standard input, report on
+standard output): a bundle that crashes or hangs the runtime takes down that process only, and its memory goes with it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def install_apart(request: InstallRequest) -> InstallReport:
     limit_s = request.config.update.fetch_s
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "edge.install"],
+            [sys.executable, "-m", "edge.installation"],
             input=msgspec.json.encode(request),
             stdout=subprocess.PIPE,
             timeout=limit_s,

@@ -29,7 +29,7 @@ CONNECTS_AT_ONCE = 20
 
 
 class LoadConfig(Struct, frozen=True, kw_only=True):
-    """What `python -m firmware_sim load` sends.
+    """What `python -m firmware_sim light` sends.
 
     Attributes
     ----------
