@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := edge,edge-tflite,dicom,cloud,train,broker,dev
+EXTRAS := edge,edge-tflite,dicom,camera,cloud,train,broker,dev
 SOURCES := splitward edge cloud export firmware_sim tests benchmarks
 
 .PHONY: help setup demo test check format bench constraints mosquitto clean
@@ -40,12 +40,13 @@ format: setup ## format the sources
 bench: setup ## speed and memory, to docs/results/bench.json
 	$(BIN)/python -m benchmarks.bench
 
-# The tests' real broker. Only root can install it; without it those tests skip.
+# The tests' real broker, and the library that gives a process a clock of its own. Only root can install them;
+# without them those tests skip.
 mosquitto:
-	@PATH="$$PATH:/usr/sbin"; command -v mosquitto > /dev/null && exit 0; \
+	@PATH="$$PATH:/usr/sbin"; command -v mosquitto > /dev/null && command -v faketime > /dev/null && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto > /dev/null; \
-	else echo "mosquitto is not installed: its tests will be skipped (apt install mosquitto)"; fi
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto faketime > /dev/null; \
+	else echo "mosquitto or faketime is not installed: their tests will be skipped (apt install mosquitto faketime)"; fi
 
 constraints: setup ## pin what is installed now
 	@{ sed -n '1,2p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

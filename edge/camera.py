@@ -1,4 +1,4 @@
-"""A live camera through OpenCV. Its own thread reads on and keeps the newest frame only."""
+"""Cameras and video files through OpenCV, which nothing else on the device loads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from edge.capture import Capture, Frame, take_frame
+from edge.capture import Capture, Frame, digest_of
+from edge.errors import CaptureError
+from splitward.imaging.inputs import Pixels
 
 RECONNECT_S = (0.5, 1.0, 2.0, 5.0)
 """Pauses before the camera is opened again; the last one repeats."""
@@ -18,10 +22,8 @@ log = logging.getLogger(__name__)
 class CameraSource:
     """Frames of the camera at an index or URL, uint8 RGB [H, W, 3]; it is opened again whenever it fails.
 
-    A frame that the agent was too slow for is replaced by the next: an old picture of a live scene has no use.
+    Its own thread reads on and keeps the newest frame only: an old picture of a live scene has no use.
     """
-
-    real_time = True
 
     def __init__(self, camera: int | str, capture: Capture) -> None:
         self._camera = camera
@@ -31,7 +33,7 @@ class CameraSource:
 
     def __iter__(self) -> Iterator[Frame]:
         threading.Thread(target=self._read_on, name="camera", daemon=True).start()
-        return self._capture.pace(self._frames())
+        return self._capture.pace(self._frames(), live=True)
 
     def _frames(self) -> Iterator[Frame]:
         while True:
@@ -44,8 +46,7 @@ class CameraSource:
             yield frame
 
     def _read_on(self) -> None:
-        import cv2
-
+        cv2 = _open_cv()
         failures = 0
         while not self._capture.stop.is_set():
             device = cv2.VideoCapture(self._camera)
@@ -66,9 +67,71 @@ class CameraSource:
             if not whole:
                 break
             read += 1
-            # OpenCV orders the channels blue, green, red.
-            rgb = pixels[..., ::-1].copy() if pixels.ndim == 3 else pixels
             with self._fresh:
-                self._newest = take_frame(f"camera-{time.time_ns()}", rgb)
+                if self._newest is not None:
+                    self._capture.supersede()
+                self._newest = self._capture.take(f"camera-{time.time_ns()}", _to_rgb(pixels))
                 self._fresh.notify()
         return read
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """Every frame of a video file, once."""
+
+    path: Path
+    capture: Capture
+
+    def __iter__(self) -> Iterator[Frame]:
+        if not self.path.is_file():
+            raise CaptureError(f"{self.path}: no such file. Set `capture.path` to a video file.")
+        return self.capture.pace(self._frames())
+
+    def _frames(self) -> Iterator[Frame]:
+        name = self.path.name
+        key = f"{self.capture.name(name)}@{self.path.stat().st_mtime_ns}"
+        if self.capture.is_poison(name):
+            self.capture.lose("crashed", digest_of(key))
+            return
+        video = _open_cv().VideoCapture(str(self.path))
+        try:
+            index = 0
+            while not self.capture.stop.is_set():
+                with self.capture.open(self.capture.name(name)):
+                    whole, pixels = video.read()
+                if not whole:
+                    break
+                digest = digest_of(f"{key}#{index}")
+                if digest not in self.capture.known:
+                    yield self.capture.take(f"{name}#{index}", _to_rgb(pixels), digest)
+                index += 1
+        finally:
+            video.release()
+        if not index:
+            log.warning("a video holds no frame that OpenCV can read", extra={"file": str(self.path)})
+            self.capture.lose("unreadable", digest_of(key))
+
+
+def try_camera(camera: int | str) -> str:
+    """What a camera gives, for a person; `CaptureError` when it gives nothing."""
+    device = _open_cv().VideoCapture(camera)
+    try:
+        whole, pixels = device.read()
+    finally:
+        device.release()
+    if not whole:
+        raise CaptureError(f"camera {camera}: gives no frame. Is it plugged in, and may this user open it?")
+    return f"camera {camera}: {pixels.shape[1]} x {pixels.shape[0]}"
+
+
+def _to_rgb(pixels: Pixels) -> Pixels:
+    """OpenCV orders the channels blue, green, red."""
+    return pixels[..., ::-1].copy() if pixels.ndim == 3 else pixels
+
+
+def _open_cv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise CaptureError(f"cv2: {error}. Install `splitward[camera]`.") from error
+    return cv2

@@ -1,30 +1,31 @@
-"""Nothing lost, nothing twice: the thread between the agent, the spool and the link.
+"""Nothing lost, nothing twice: between the releaser, the spool and the link.
 
-In turn it commits what came in (new frames, results) and publishes what is due. A frame is committed before it
-is published, and removed when its result arrives. One commit takes everything that came during the one before,
-so that a flush of the disk delays frames but not the agent.
+Frames and results come in, and in each turn what they changed is committed and what is due is published. A frame is
+committed before it is published (mode `disk`), and leaves the spool when its result arrives. One commit takes
+everything that came during the one before, so that a flush of the disk delays frames but holds up nobody.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from edge.config import EdgeConfig
+from edge.errors import DiskFull
 from edge.link import Acknowledged, Connected, Disconnected, Link, LinkEvent, Replied
 from edge.spool import Entry, Spool
 from edge.window import Window
-from splitward.wire.control import Refusal, Result, Status
+from splitward.wire.control import Refusal, Result
 
-TICK_S = 0.1
 SWEEP_S = 5.0
-MAX_PENDING = 64
-"""Frames that may wait to be committed; then the agent waits for the disk."""
+DISK_RETRY_S = 1.0
+REMOVAL_S = 1.0
+"""How long answered frames may wait for a commit of their own; mostly a new frame's takes them along."""
+MAX_STAGED_BYTES = 4 << 20
+"""Messages that may wait in memory for a disk that is full; then no more frames are taken."""
+MAX_SKEW_LATENCY_NS = 2 * 10**9
 log = logging.getLogger(__name__)
 
 
@@ -46,196 +47,126 @@ class Answer:
     payload_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Put:
-    entry: Entry
-    digest: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Drop:
-    reason: str
-
-
-class _Stop:
-    """The last event."""
-
-
-_Event = _Put | _Drop | _Stop | LinkEvent
-
-
 class Delivery:
-    """Hands frames to the cloud; a context manager that runs the thread and the link.
+    """Hands frames to the cloud. One thread uses it; every `now_s` is of the monotonic clock.
 
     Parameters
     ----------
     config : EdgeConfig
-    boot : bytes
-        Boot id of this start.
     spool : Spool
-        Used by this thread alone from now on.
-    identity : dict
-        The constant fields of the status.
+    link : Link
     on_answer : callable
         Takes each `Answer` before the frame leaves the spool: after a crash one may come a second time.
-    stop : Event
-        Set by the caller to end; also set here when the thread fails, and `__exit__` raises its error.
+
+    Attributes
+    ----------
+    captured, sent, results : int
+        Frames taken, messages published (repeats included) and results, since the start.
+    safe : int
+        Frames of `captured` that a crash cannot take any more.
+    disk_full : bool
+        Whether the last commit failed for want of space.
+    clock_skew_ms : float or None
+        How far this device's clock is ahead of the cloud's, by the latest result that came quickly.
     """
 
     def __init__(
-        self,
-        config: EdgeConfig,
-        boot: bytes,
-        spool: Spool,
-        identity: dict[str, Any],
-        on_answer: Callable[[Answer], None],
-        stop: threading.Event,
+        self, config: EdgeConfig, spool: Spool, link: Link, on_answer: Callable[[Answer], None]
     ) -> None:
         self._config = config
-        self._boot = boot
         self._spool = spool
-        self._identity = identity
+        self._link = link
         self._on_answer = on_answer
-        self._stop = stop
-        # Without a limit, as paho's thread must never wait; MAX_PENDING and the window bound what it holds.
-        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._link = Link(config, self._inbox.put)
         self._window = Window(config.link)
-        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
-        self._failure: BaseException | None = None
-        self._room = threading.Condition()
-        self._pending = self._pending_bytes = 0
-        self._last_fresh = 0
-        self._connected = False
-        self._status_due_s = self._sweep_due_s = 0.0
-        self.captured = self.sent = self.results = 0
-
-    def __enter__(self) -> Delivery:
-        self._link.start()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._inbox.put(_Stop())
-        self._thread.join()
-        self._link.stop(self.status("offline"))
-        if self._failure is not None:
-            raise self._failure
+        self._boots: set[bytes] = set()
+        self._commit_due_s = self._committed_s = self._sweep_due_s = 0.0
+        self._message_bytes = 0
+        self.connected = self.disk_full = False
+        self.captured = self.sent = self.results = self.safe = 0
+        self.clock_skew_ms: float | None = None
 
     @property
     def unanswered(self) -> int:
         """Frames taken and neither answered nor dropped."""
-        return self._spool.rows + self._pending
+        return self._spool.rows
+
+    @property
+    def stalled(self) -> bool:
+        """Whether frames have to wait for the disk."""
+        return self.disk_full and self._spool.staged_bytes >= MAX_STAGED_BYTES
+
+    @property
+    def room(self) -> int:
+        """Frames that would fit now, for sources that can wait."""
+        if self.disk_full:
+            return 0
+        limit = max(one.max_unanswered for one in self._config.every_source)
+        free_bytes = self._config.spool.max_bytes - self._spool.stored_bytes
+        fit = free_bytes // self._message_bytes if self._message_bytes else limit
+        return max(0 if self.unanswered else 1, min(limit - self.unanswered, fit))
 
     def put(self, entry: Entry, digest: int | None) -> None:
-        """Take a frame; waits only while the disk is behind."""
-        with self._room:
-            self._wait(lambda: self._pending < MAX_PENDING)
-            self._pending += 1
-            self._pending_bytes += len(entry.message)
-            self.captured += 1
-        self._inbox.put(_Put(entry, digest))
+        """Take a frame."""
+        self._boots.add(entry.boot)
+        self._message_bytes = len(entry.message)
+        self._spool.add(entry, digest)
+        self.captured += 1
 
-    def drop(self, reason: str) -> None:
-        """Count a frame that was lost before it became a message."""
-        self._inbox.put(_Drop(reason))
-
-    def wait_for_room(self, message_bytes: int) -> None:
-        """Wait until another frame of `message_bytes` would push none out, or until stopped."""
-        limit, max_bytes = self._config.capture.max_unanswered, self._config.spool.max_bytes
-
-        def has_room() -> bool:
-            stored_bytes = self._spool.stored_bytes + self._pending_bytes
-            fits = self.unanswered < limit and stored_bytes + message_bytes <= max_bytes
-            return fits or self.unanswered == 0
-
-        with self._room:
-            self._wait(has_room)
-
-    def wait_until_answered(self) -> None:
-        """Wait until every frame is answered, or until stopped."""
-        with self._room:
-            self._wait(lambda: self.unanswered == 0)
-
-    def status(self, state: Literal["online", "offline"]) -> Status:
-        """What the device says of itself now."""
-        return Status(
-            state,
-            **self._identity,
-            at_ns=time.time_ns(),
-            queued=self.unanswered,
-            captured=self.captured,
-            sent=self.sent,
-            results=self.results,
-            dropped=dict(self._spool.dropped),
-        )
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready() and not self._stop.is_set():
-            self._room.wait(TICK_S)  # `stop` is set without a notice
-
-    def _run(self) -> None:
-        try:
-            while self._turn():
-                pass
-        except BaseException as error:  # noqa: BLE001  # __exit__ raises it: a dead thread must not go unnoticed
-            self._failure = error
-            self._stop.set()
-
-    def _turn(self) -> bool:
-        """Commit what came in, publish what is due; False after the last event."""
-        events = self._take()
-        now_s = time.monotonic()
-        for event in events:
-            self._follow(event, now_s)
-        self._write(events, now_s)
-        self._window.give_up(now_s)
-        if self._connected:
-            self._feed(now_s)
-        return not any(isinstance(event, _Stop) for event in events)
-
-    def _take(self) -> list[_Event]:
-        """Everything in the inbox, waiting up to a tick for the first."""
-        events: list[_Event] = []
-        try:
-            events.append(self._inbox.get(timeout=TICK_S))
-            while True:
-                events.append(self._inbox.get_nowait())
-        except queue.Empty:
-            return events
-
-    def _follow(self, event: _Event, now_s: float) -> None:
-        if isinstance(event, Acknowledged):
+    def follow(self, event: LinkEvent, now_s: float) -> None:
+        """Note what happened on the link."""
+        if isinstance(event, Replied):
+            self._answer(event.reply, now_s)
+        elif isinstance(event, Acknowledged):
             self._window.acknowledge(event.mid, event.kept, now_s)
         elif isinstance(event, Connected):
-            self._connected = True
-            self._status_due_s = now_s
+            self.connected = True
             if not event.resumed:  # a broker that forgot the session forgot the frames as well
                 self._window.forget(now_s)
         elif isinstance(event, Disconnected):
-            self._connected = False
+            self.connected = False
 
-    def _write(self, events: list[_Event], now_s: float) -> None:
-        sweep = now_s >= self._sweep_due_s
-        if not sweep and not any(isinstance(event, (_Put, _Drop, Replied)) for event in events):
+    def turn(self, now_s: float) -> None:
+        """Commit what is due, and publish what is due."""
+        if now_s >= self._sweep_due_s:
+            self._sweep_due_s = now_s + SWEEP_S
+            self._spool.expire()
+            self._spool.shrink()
+        if self._spool.changed and now_s >= self._commit_due_s and self._must_commit(now_s):
+            self._commit(now_s)
+        self._window.give_up(now_s)
+        if self.connected:
+            self._feed(now_s)
+
+    def finish(self) -> None:
+        """Put what is in memory only on the disk, for the last time."""
+        if self._spool.changed:
+            self._commit(time.monotonic())
+
+    def _must_commit(self, now_s: float) -> bool:
+        if not self._spool.urgent:
+            return now_s >= self._committed_s + REMOVAL_S
+        if self._config.spool.mode == "disk" or not self.connected:
+            return True
+        oldest_ns = self._spool.oldest_staged_ns
+        settle_ns = int(self._config.spool.settle_s * 1e9)
+        return oldest_ns is None or self._spool.now_ns() - oldest_ns >= settle_ns
+
+    def _commit(self, now_s: float) -> None:
+        spool = self._config.spool
+        self._commit_due_s = now_s + (spool.commit_s if spool.mode == "disk" else spool.settle_s)
+        try:
+            self._spool.commit()
+        except DiskFull as error:
+            if not self.disk_full:
+                log.error("the disk is full; frames wait for it: %s", error)
+            self.disk_full = True
+            self._commit_due_s = now_s + DISK_RETRY_S
             return
-        with self._spool.transaction():
-            for event in events:
-                if isinstance(event, _Put):
-                    self._spool.add(event.entry, event.digest)
-                elif isinstance(event, _Drop):
-                    self._spool.drop(event.reason)
-                elif isinstance(event, Replied):
-                    self._answer(event.reply, now_s)
-            if sweep:
-                self._sweep_due_s = now_s + SWEEP_S
-                self._spool.expire(time.time_ns())
-        # Until here such frames counted twice, which makes nobody believe that everything is answered.
-        put = [event for event in events if isinstance(event, _Put)]
-        with self._room:
-            self._pending -= len(put)
-            self._pending_bytes -= sum(len(event.entry.message) for event in put)
-            self._room.notify_all()
+        self._committed_s = now_s
+        if self.disk_full:
+            log.warning("the disk takes frames again")
+        self.disk_full = False
+        self.safe = self.captured
 
     def _answer(self, reply: Result | Refusal, now_s: float) -> None:
         entry = self._spool.remove(_boot_id(reply.boot), reply.sequence)
@@ -247,8 +178,10 @@ class Delivery:
         else:
             log.warning("the cloud refuses frame %d: %s: %s", reply.sequence, reply.reason, reply.message)
             self._spool.drop(f"refused:{reply.reason}")
-        if entry.boot == self._boot:
+        if entry.boot in self._boots:
             latency_ns = time.monotonic_ns() - entry.captured_tick_ns
+            if isinstance(reply, Result) and latency_ns < MAX_SKEW_LATENCY_NS:  # it was stored about half-way
+                self.clock_skew_ms = (time.time_ns() - latency_ns // 2 - reply.stored_at_ns) / 1e6
         else:
             latency_ns = time.time_ns() - entry.captured_at_ns
         self._on_answer(
@@ -257,9 +190,6 @@ class Delivery:
 
     def _feed(self, now_s: float) -> None:
         """Publish what is due while the window has room."""
-        if now_s >= self._status_due_s:
-            self._status_due_s = now_s + self._config.link.status_s
-            self._link.publish_status(self.status("online"))
         while self._window.has_room(now_s):
             entry, tries = self._next(now_s)
             if entry is None:
@@ -274,10 +204,7 @@ class Delivery:
             entry = self._spool.get(row)
             if entry is not None:  # else answered or dropped meanwhile
                 return entry, tries
-        entry = self._spool.first_after(self._last_fresh)
-        if entry is not None:
-            self._last_fresh = entry.row
-        return entry, 0
+        return self._spool.take_fresh(), 0
 
 
 def _boot_id(text: str) -> bytes:

@@ -1,7 +1,8 @@
 """The connection to the broker: MQTT 5 by paho, with a session that outlives it.
 
 It publishes what it is given and posts what happens as events. It decides nothing, and paho never queues:
-delivery.py keeps the window, which is smaller than what paho may hold in flight.
+delivery.py keeps the window, which is smaller than what paho may hold in flight. A broker that refuses MQTT 5 is
+spoken to in 3.1.1.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import random
 import socket
 import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +26,11 @@ from edge.config import EdgeConfig, TlsConfig
 from edge.errors import LinkError
 from splitward.errors import MessageError
 from splitward.wire import topics
-from splitward.wire.control import MAX_BYTES, Refusal, Result, Status, decode_reply, encode_control
+from splitward.wire.control import MAX_BYTES, Outcome, Refusal, Result, Status, decode_reply, encode_control
 
 STATUS_ROOM = 8
-"""Status messages that may be in flight beside the window."""
+"""Messages of status and outcome that may be in flight beside the window."""
+UNSUPPORTED_VERSION = 132
 FAREWELL_S = 2.0
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The connection is gone; paho is already trying again."""
+    """The connection is gone; the link is already trying again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,14 @@ class Replied:
     reply: Result | Refusal
 
 
-LinkEvent = Connected | Disconnected | Acknowledged | Replied
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """The cloud sends an order, which nobody has verified yet."""
+
+    payload: bytes
+
+
+LinkEvent = Connected | Disconnected | Acknowledged | Replied | Ordered
 
 
 class Link:
@@ -70,30 +80,38 @@ class Link:
     config : EdgeConfig
         `[device]`, `[broker]` and `[link]` are read.
     post : callable
-        Takes each `LinkEvent`. Called on paho's thread, so it must neither block nor raise.
+        Takes each `LinkEvent`. Called on the link's thread, so it must neither block nor raise.
+
+    Attributes
+    ----------
+    trouble : str
+        Why there is no connection; empty while there is one.
     """
 
     def __init__(self, config: EdgeConfig, post: Callable[[LinkEvent], None]) -> None:
         self._config = config
         self._post = post
         names = (config.device.site, config.device.id)
-        self._activation, self._result, self._status = (
+        self._activation, self._result, self._status, self._outcome = (
             topics.activation(*names),
             topics.result(*names),
             topics.status(*names),
+            topics.outcome(*names),
         )
+        self._orders = [topics.bundle(*names), topics.command(*names)]
+        self._tls = None if config.broker.tls is None else tls_context(config.broker.tls)
+        self._mqtt5 = config.broker.protocol != "3.1.1"
         self._client = self._make_client()
+        self._ending = threading.Event()
+        self._greeted = False
+        # After the first connection the client stays: it holds what the broker has not acknowledged.
+        self._version_is_known = config.broker.protocol != "auto"
+        self.trouble = "not connected yet"
+        self._thread = threading.Thread(target=self._stay_connected, name="link", daemon=True)
 
     def start(self) -> None:
-        """Connect, and stay connected, on paho's own thread."""
-        broker = self._config.broker
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
-        properties.SessionExpiryInterval = self._config.link.session_expiry_s
-        properties.MaximumPacketSize = 2 * MAX_BYTES  # a result and its topic; nothing else is listened to
-        self._client.connect_async(
-            broker.host, broker.port, broker.keepalive_s, clean_start=False, properties=properties
-        )
-        self._client.loop_start()
+        """Connect, and stay connected, on a thread of its own."""
+        self._thread.start()
 
     def publish(self, message: bytes) -> int:
         """Publish an activation; the id that its acknowledgement will carry.
@@ -112,40 +130,86 @@ class Link:
         """Publish the retained status."""
         self._client.publish(self._status, encode_control(status), qos=1, retain=True)
 
+    def publish_outcome(self, outcome: Outcome) -> int:
+        """Publish what became of an order; the id that its acknowledgement will carry."""
+        return self._client.publish(self._outcome, encode_control(outcome), qos=1).mid
+
+    def reload(self) -> None:
+        """Take the certificate from its files again, and connect with it."""
+        tls = self._config.broker.tls
+        if self._tls is not None and tls is not None and tls.cert is not None:
+            self._tls.load_cert_chain(tls.cert, tls.key)
+            self._client.disconnect()
+
     def stop(self, status: Status) -> None:
-        """Say farewell with `status`, disconnect, and wait for paho's thread."""
+        """Say farewell with `status`, disconnect, and wait for the thread."""
+        self._ending.set()
         if self._client.is_connected():
             farewell = self._client.publish(self._status, encode_control(status), qos=1, retain=True)
             try:
                 farewell.wait_for_publish(FAREWELL_S)
-            except (
-                RuntimeError,
-                ValueError,
-            ) as error:  # the connection went away meanwhile: the last will speaks
+            except (RuntimeError, ValueError) as error:  # the connection is gone: the last will speaks
                 log.info("no farewell: %s", error)
         self._client.disconnect()
-        self._client.loop_stop()
+        if self._thread.is_alive():
+            self._thread.join(2 * FAREWELL_S)  # a handshake may hang a little longer; it harms nobody
+
+    def _stay_connected(self) -> None:
+        first_s, longest_s = self._config.link.reconnect_s, self._config.link.reconnect_max_s
+        pause_s, deaf = first_s, 0
+        while not self._ending.is_set():
+            self._greeted = hung_up = False
+            try:
+                self._connect()
+                hung_up = self._client.loop_forever() == MQTTErrorCode.MQTT_ERR_CONN_LOST
+            except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
+                self.trouble = f"{type(error).__name__}: {error}"
+                log.warning("no connection to %s (%s); trying again", self._where(), error)
+            self._version_is_known |= self._greeted
+            deaf = deaf + 1 if hung_up and not self._greeted else 0
+            if deaf >= 2 and not self._version_is_known:
+                # Some brokers hang up on a version that they do not speak: the other one, in turn.
+                self._speak(mqtt5=not self._mqtt5)
+            pause_s = first_s if self._greeted else min(2.0 * pause_s, longest_s)
+            self._ending.wait(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads a fleet; no secret
+
+    def _connect(self) -> None:
+        broker = self._config.broker
+        if self._mqtt5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
+            properties.SessionExpiryInterval = self._config.link.session_expiry_s
+            properties.MaximumPacketSize = 2 * MAX_BYTES  # a reply or an order; nothing else is listened to
+            self._client.connect(
+                broker.host, broker.port, broker.keepalive_s, clean_start=False, properties=properties
+            )
+        else:
+            self._client.connect(broker.host, broker.port, broker.keepalive_s)
+
+    def _speak(self, mqtt5: bool) -> None:
+        log.info("speaking MQTT %s to %s", "5" if mqtt5 else "3.1.1", self._where())
+        self._mqtt5 = mqtt5
+        self._client = self._make_client()
 
     def _make_client(self) -> Client:
         config, broker, link = self._config, self._config.broker, self._config.link
+        # A name holds no dot, so no two devices share an id.
+        client_id = f"{config.device.site}.{config.device.id}"
+        version = MQTTProtocolVersion.MQTTv5 if self._mqtt5 else MQTTProtocolVersion.MQTTv311
         client = Client(
             CallbackAPIVersion.VERSION2,
-            # A name holds no dot, so no two devices share an id.
-            client_id=f"{config.device.site}.{config.device.id}",
-            protocol=MQTTProtocolVersion.MQTTv5,
+            client_id=client_id,
+            clean_session=None if self._mqtt5 else False,
+            protocol=version,
+            reconnect_on_failure=False,  # done here, with a jitter that paho lacks
         )
         client.max_inflight_messages = client.max_queued_messages = link.window + STATUS_ROOM
-        # paho doubles the pause without jitter; a random first pause spreads a fleet that lost its broker.
-        first_s = link.reconnect_s * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
-        client.reconnect_delay_set(first_s, max(first_s, link.reconnect_max_s))  # type: ignore[arg-type]  # paho multiplies and sleeps: a float will do
         client.will_set(self._status, encode_control(Status("offline")), qos=1, retain=True)
         if broker.username is not None:
             client.username_pw_set(broker.username, broker.password)
-        if broker.tls is not None:
-            client.tls_set_context(_tls_context(broker.tls))
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
         client.on_socket_open = _send_at_once
         client.on_connect = self._on_connect
-        client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.on_message = self._on_message
@@ -159,19 +223,24 @@ class Link:
         code: ReasonCode,
         _properties: Properties | None,
     ) -> None:
+        self._greeted = not code.is_failure
         if code.is_failure:
+            self.trouble = f"refused: {code}"
             log.error("broker %s refuses this device: %s", self._where(), code)
+            if code.value == UNSUPPORTED_VERSION and not self._version_is_known:
+                self._speak(mqtt5=False)
             return
-        client.subscribe(self._result, qos=1)
+        self.trouble = ""
+        client.subscribe([(topic, 1) for topic in (self._result, *self._orders)])
         log.info("connected to %s", self._where())
         self._post(Connected(flags.session_present))
-
-    def _on_connect_fail(self, _client: Client, _userdata: Any) -> None:
-        log.warning("no connection to %s; trying again", self._where())
 
     def _on_disconnect(
         self, _client: Client, _userdata: Any, _flags: DisconnectFlags, code: ReasonCode, _properties: Any
     ) -> None:
+        if not self._greeted:
+            return  # it never was a connection; `_on_connect` or `_stay_connected` has said why
+        self.trouble = f"disconnected: {code}"
         log.log(logging.WARNING if code.is_failure else logging.INFO, "disconnected: %s", code)
         self._post(Disconnected())
 
@@ -183,6 +252,10 @@ class Link:
         self._post(Acknowledged(mid, kept=code.value == 0))
 
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        if message.topic in self._orders:
+            if message.payload:  # an empty one clears what was retained
+                self._post(Ordered(bytes(message.payload)))
+            return
         try:
             self._post(Replied(decode_reply(bytes(message.payload))))
         except MessageError as error:
@@ -197,7 +270,8 @@ def _send_at_once(_client: Client, _userdata: Any, connection: Any) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _tls_context(config: TlsConfig) -> ssl.SSLContext:
+def tls_context(config: TlsConfig) -> ssl.SSLContext:
+    """Context for the broker; `LinkError` when its files cannot be used."""
     try:
         context = ssl.create_default_context(cafile=config.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,11 @@ class ClientModel:
     secret : bytes
         The device's own; keys the noise.
 
+    Attributes
+    ----------
+    runtime_ns : int
+        Time that the runtime took for the last frame.
+
     Raises
     ------
     BundleError
@@ -48,13 +54,14 @@ class ClientModel:
         self.name = bundle.manifest.name
         self.variant = f"{config.backend}-{config.precision}"
         self.law = bundle.manifest.release
+        self.runtime_ns = 0
         self._secret = secret
         self._saliency: Runtime | None = None
         if bundle.manifest.saliency:
             graph = _file(bundle, bundle.manifest.saliency, config.backend, "saliency graph")
-            self._saliency = load_runtime(config.backend, graph, config.threads)
+            self._saliency = load_runtime(config.backend, graph, config.threads, config.providers)
         graph = _file(bundle, bundle.manifest.client, self.variant, "client half")
-        self._client = load_runtime(config.backend, graph, config.threads)
+        self._client = load_runtime(config.backend, graph, config.threads, config.providers)
         self.runtime = f"{self.variant}, {self._client.name}"
         self._probe(bundle, FLOAT32_TOLERANCE if config.precision == "float32" else None)
 
@@ -73,8 +80,11 @@ class ClientModel:
 
     def activation(self, frame: NDArray[np.float32]) -> NDArray[np.float32]:
         """Activation of `frame` before noise and quantisation; it never leaves the device."""
+        started_ns = time.perf_counter_ns()
         attacked = frame if self._saliency is None else self._saliency.run(frame)
-        return self._client.run(attacked)
+        activation = self._client.run(attacked)
+        self.runtime_ns = time.perf_counter_ns() - started_ns
+        return activation
 
     def _probe(self, bundle: Bundle, tolerance: float | None) -> None:
         frame, golden = (_golden(bundle, name) for name in bundle.manifest.golden)

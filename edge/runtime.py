@@ -1,7 +1,8 @@
-"""What runs a graph on the device: ONNX Runtime or LiteRT, behind one method."""
+"""What runs a graph on the device: ONNX Runtime, LiteRT or tflite-runtime, behind one method."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,22 +26,35 @@ class Runtime(Protocol):
         ...
 
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""ONNX Runtime's names of its execution providers."""
+
+
 class OnnxRuntime:
-    """ONNX Runtime on the CPU.
+    """ONNX Runtime, on the CPU or on what `providers` names.
 
     Threads do not spin between frames: at a camera's rate spinning would burn the core that the frame needs.
     """
 
-    def __init__(self, model: bytes, threads: int) -> None:
+    def __init__(self, model: bytes, threads: int, providers: Sequence[str] = ("cpu",)) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise BackendError(f"onnxruntime: {error}. Install `splitward[edge]`.") from error
         self.name = f"onnxruntime {onnxruntime.__version__}"
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model, _session_options(threads), providers=["CPUExecutionProvider"]
+        wanted, there = [PROVIDERS[one] for one in providers], onnxruntime.get_available_providers()
+        missing = [one for one in wanted if one not in there]
+        if missing:  # ONNX Runtime itself would fall back to the CPU without a word
+            raise BackendError(
+                f"{self.name} has no {', '.join(missing)}, only {', '.join(there)}. Install the build for this "
+                'board, or set `runtime.providers` to ["cpu"].'
             )
+        try:
+            self._session = onnxruntime.InferenceSession(model, _session_options(threads), providers=wanted)
         except Exception as error:  # its own classes derive from Exception alone
             raise BackendError(f"{self.name} refuses the graph: {error}. Export the bundle again.") from error
         self._input = _only("input", [value.name for value in self._session.get_inputs()])
@@ -81,7 +95,7 @@ class LiteRt:
         return output
 
 
-def load_runtime(backend: Backend, model: bytes, threads: int) -> Runtime:
+def load_runtime(backend: Backend, model: bytes, threads: int, providers: Sequence[str] = ("cpu",)) -> Runtime:
     """Load a graph.
 
     Parameters
@@ -91,13 +105,15 @@ def load_runtime(backend: Backend, model: bytes, threads: int) -> Runtime:
         The graph's file.
     threads : int
         Threads within one operator.
+    providers : sequence of str
+        Keys of `PROVIDERS`, first choice first; ONNX Runtime's only.
 
     Raises
     ------
     BackendError
-        The library is not installed, or refuses the graph.
+        The library or a provider is not installed, or refuses the graph.
     """
-    return OnnxRuntime(model, threads) if backend == "onnx" else LiteRt(model, threads)
+    return OnnxRuntime(model, threads, providers) if backend == "onnx" else LiteRt(model, threads)
 
 
 def _session_options(threads: int) -> onnxruntime.SessionOptions:

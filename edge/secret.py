@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from splitward.errors import ConfigError
-from splitward.wire.release import SECRET_BYTES
+from splitward.wire.law import SECRET_BYTES
 
 
 def load_secret(path: Path) -> bytes:

@@ -1,11 +1,14 @@
-"""What waits for a result, in SQLite: one row per frame, kept until its result arrives.
+"""What waits for a result, in SQLite: one row for each frame, kept until its result arrives.
 
 Messages are stored as they are published, boot id and sequence number inside, so that what an earlier start of
 the agent left behind is sent again under its own name. One thread uses a spool.
 
+Changes are staged in memory and `commit` puts all of them on the disk at once, or none: a commit that fails for want
+of space can be tried again, and nothing is lost or told twice. A frame that is answered before it was committed never
+touches the disk. Who calls `commit`, and when, is delivery.py's to say.
+
 The default is a write-ahead log with `synchronous = FULL`: what is committed survives a power cut, which a
-device at a bedside meets more often than a crash. The cost is one flush per commit, and so one commit takes
-all frames and results that came meanwhile (delivery.py). `EXCLUSIVE` locking keeps a second agent out.
+device at a bedside meets more often than a crash. `EXCLUSIVE` locking keeps a second agent out.
 """
 
 from __future__ import annotations
@@ -14,17 +17,21 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge.backlog import Backlog, Order
 from edge.config import SpoolConfig
-from edge.errors import SpoolError
+from edge.errors import DiskFull, SpoolError
+from edge.salvage import Salvage, salvage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REMEMBERED = 200_000
 """Frames whose digests are kept, so that a restart does not capture them again."""
+CLOCK_PERIOD_NS = 10 * 10**9
+"""How often the spool's clock is written, at most, and so what a crash makes a frame younger."""
 _SCHEMA = """
 CREATE TABLE frame (
     id INTEGER PRIMARY KEY,
@@ -33,19 +40,38 @@ CREATE TABLE frame (
     name TEXT NOT NULL,
     captured_at_ns INTEGER NOT NULL,
     captured_tick_ns INTEGER NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 0,
+    spooled_ns INTEGER NOT NULL DEFAULT 0,
     message BLOB NOT NULL,
     UNIQUE (boot, sequence)
 );
+CREATE INDEX frame_by_priority ON frame (priority);
 CREATE TABLE captured (id INTEGER PRIMARY KEY, digest INTEGER NOT NULL);
 CREATE TABLE dropped (reason TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE clock (spool_ns INTEGER NOT NULL);
+INSERT INTO clock VALUES (0);
 """
-_COLUMNS = "id, boot, sequence, name, captured_at_ns, captured_tick_ns, message"
+_FROM_VERSION_1 = """
+ALTER TABLE frame ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE frame ADD COLUMN spooled_ns INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX frame_by_priority ON frame (priority);
+CREATE TABLE clock (spool_ns INTEGER NOT NULL);
+INSERT INTO clock VALUES (0);
+"""
+_COLUMNS = "id, boot, sequence, name, captured_at_ns, captured_tick_ns, priority, spooled_ns, message"
+_INSERT = f"INSERT INTO frame ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants
+_OUT_OF_SPACE = ("disk is full", "disk i/o error", "unable to open database file")
+"""What SQLite says when a write fails; a sick disk may say the second as well, and then goes on saying it."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One spooled frame; `row` is its place in the queue, 0 until it has one."""
+    """One spooled frame; `row` is its place in the queue, 0 until it has one.
+
+    `captured_tick_ns` is the moment of capture on the monotonic clock, `spooled_ns` that of spooling on the
+    spool's own clock, which runs while an agent does.
+    """
 
     row: int
     boot: bytes
@@ -53,6 +79,8 @@ class Entry:
     name: str
     captured_at_ns: int
     captured_tick_ns: int
+    priority: int
+    spooled_ns: int
     message: bytes = field(repr=False)
 
 
@@ -62,23 +90,40 @@ class Spool:
     Attributes
     ----------
     rows, stored_bytes : int
-        Frames that wait, and the bytes of their messages.
-    known : frozenset of int
-        Digests of the frames captured before this start.
+        Frames that wait, and the bytes of their messages, committed or not.
+    staged_bytes : int
+        Bytes of the messages that are in memory only.
     dropped : dict
         Frames lost by reason, over all starts.
+
+    Parameters
+    ----------
+    path : Path
+    config : SpoolConfig
+    monotonic_ns : callable
+        A clock that nobody sets.
 
     Raises
     ------
     SpoolError
         The file cannot be opened or written, another agent holds it, or a newer version wrote it. A damaged
-        file is none of these: it is moved aside, counted (`spool_damaged`) and replaced.
+        file is none of these: it is moved aside, what can be read of it is taken over, and it is counted
+        (`spool_damaged`).
     """
 
-    def __init__(self, path: Path, config: SpoolConfig) -> None:
+    def __init__(
+        self, path: Path, config: SpoolConfig, monotonic_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
         self._path = path
         self._config = config
-        damaged = False
+        self._monotonic_ns = monotonic_ns
+        self._staged: dict[int, Entry] = {}
+        self._staged_rows: dict[tuple[bytes, int], int] = {}
+        self._removed: set[int] = set()
+        self._digests: list[int] = []
+        self._counts_changed = False
+        self.staged_bytes = self._clock_written_ns = 0
+        saved: Salvage | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
@@ -86,102 +131,244 @@ class Spool:
             except sqlite3.OperationalError:
                 raise  # locked, full, or not permitted: the file itself may be sound
             except sqlite3.DatabaseError as error:
-                self._move_aside(error)
-                damaged = True
+                saved = self._move_aside(error)
                 self._database = self._open()
             self._load()
         except (sqlite3.Error, OSError) as error:
             raise SpoolError(
                 f"{path}: {error}. The agent must be able to write there, and no other agent may use it."
             ) from error
-        if damaged:
-            with self.transaction():
-                self.drop("spool_damaged")
+        if saved is not None:
+            self._take_over(saved)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Everything within is on the disk when it ends, or nothing is (`SpoolError`)."""
+    @property
+    def changed(self) -> bool:
+        """Whether something waits for a commit."""
+        return bool(self._staged or self._removed or self._digests or self._counts_changed)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a frame waits for a commit, or the digest of one. What is removed can wait: a frame whose removal
+        was lost is sent once more, and answered from the cloud's store."""
+        return bool(self._staged or self._digests)
+
+    @property
+    def oldest_staged_ns(self) -> int | None:
+        """When the oldest frame that is in memory only was added, on the spool's clock."""
+        return next((entry.spooled_ns for entry in self._staged.values()), None)
+
+    def commit(self) -> None:
+        """Put everything since the last commit on the disk.
+
+        Raises
+        ------
+        DiskFull, SpoolError
+            Nothing was written; what waited still waits.
+        """
         try:
             self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                self._write()
+                self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # a full disk may have ended it already
+                    self._database.execute("ROLLBACK")
                 raise
-            self._database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise SpoolError(f"{self._path}: {error}. Free space on the disk, or replace it.") from error
+            kind = DiskFull if any(sign in str(error).lower() for sign in _OUT_OF_SPACE) else SpoolError
+            raise kind(f"{self._path}: {error}. Free space on the disk, or replace it.") from error
+        if self._config.mode == "disk":  # only what is safe may be published
+            for entry in self._staged.values():
+                self._backlog(entry.priority).add(entry.row, entry.row + 1)
+        self._staged.clear()
+        self._staged_rows.clear()
+        self.staged_bytes = 0
+        self._removed.clear()
+        self._digests.clear()
+        self._counts_changed = False
 
     def add(self, entry: Entry, digest: int | None) -> None:
-        """Append a frame, or count it when the spool is full and drops the newest."""
+        """Append a frame; what no longer fits is dropped by the policy and counted, be it this frame."""
         if digest is not None:
-            self._database.execute("INSERT INTO captured (digest) VALUES (?)", (digest,))
-        if self._config.drop == "newest" and self.stored_bytes + len(entry.message) > self._config.max_bytes:
-            self.drop("spool_full")
-            return
+            self.remember(digest)
         self._last_row += 1  # ours, as SQLite gives a removed row's number again
-        self._database.execute(
-            f"INSERT INTO frame ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # a constant
-            (
-                *(self._last_row, entry.boot, entry.sequence, entry.name),
-                *(entry.captured_at_ns, entry.captured_tick_ns, entry.message),
-            ),
+        row = self._last_row
+        self._staged[row] = Entry(
+            *(row, entry.boot, entry.sequence, entry.name, entry.captured_at_ns, entry.captured_tick_ns),
+            *(entry.priority, self.now_ns(), entry.message),
         )
+        self._staged_rows[entry.boot, entry.sequence] = row
+        if self._config.mode == "memory":
+            self._backlog(entry.priority).add(row, row + 1)
         self.rows += 1
+        self.staged_bytes += len(entry.message)
         self.stored_bytes += len(entry.message)
         while self.stored_bytes > self._config.max_bytes:
-            self._remove("id = (SELECT min(id) FROM frame)", ())
-            self.drop("spool_full")
+            self._drop_one()
 
     def remove(self, boot: bytes, sequence: int) -> Entry | None:
         """Remove an answered frame and return it; None when it is not, or no longer, there."""
-        removed = self._remove("boot = ? AND sequence = ?", (boot, sequence))
-        return removed[0] if removed else None
+        row = self._staged_rows.get((boot, sequence))
+        if row is not None:
+            return self._take_out(self._staged[row])
+        entry = self._first("boot = ? AND sequence = ?", (boot, sequence))
+        return None if entry is None or entry.row in self._removed else self._take_out(entry)
 
-    def expire(self, now_ns: int) -> None:
-        """Remove and count the frames that are older than the limit at `now_ns`, UTC."""
-        oldest_ns = now_ns - int(self._config.max_age_s * 1e9)
-        expired = self._remove("captured_at_ns < ?", (oldest_ns,))
+    def expire(self) -> None:
+        """Remove and count the frames that are over the age limit."""
+        oldest_ns = self.now_ns() - int(self._config.max_age_s * 1e9)
+        expired = [entry for entry in self._staged.values() if entry.spooled_ns < oldest_ns]
+        for found in self._database.execute(f"SELECT {_COLUMNS} FROM frame ORDER BY id"):  # noqa: S608  # constants
+            entry = Entry(*found)
+            if entry.spooled_ns >= oldest_ns:
+                break  # spooled in the order of their rows
+            if entry.row not in self._removed:
+                expired.append(entry)
+        for entry in expired:
+            self._take_out(entry)
         if expired:
             self.drop("expired", len(expired))
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count `count` frames as lost for `reason`."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
-        self._database.execute(
-            "INSERT INTO dropped VALUES (?, ?) ON CONFLICT (reason) DO UPDATE SET count = excluded.count",
-            (reason, self.dropped[reason]),
-        )
+        self._counts_changed = True
+
+    def remember(self, digest: int) -> None:
+        """Note that the frame of `digest` is not to be captured again."""
+        self._digests.append(digest)
 
     def get(self, row: int) -> Entry | None:
         """Frame at `row`, or None."""
-        return self._first("id = ?", row)
+        if row in self._staged:
+            return self._staged[row]
+        return None if row in self._removed else self._first("id = ?", (row,))
 
-    def first_after(self, row: int) -> Entry | None:
-        """First frame behind `row`, or None."""
-        return self._first("id > ? ORDER BY id LIMIT 1", row)
+    def take_fresh(self) -> Entry | None:
+        """The next frame that was not taken since this start; None when there is none."""
+        for priority in sorted(self._backlogs, reverse=True):
+            row = self._backlogs[priority].take()
+            if row is not None:
+                return self.get(row)
+        return None
+
+    def digests(self) -> bytes:
+        """Digests of the captured frames, 8 bytes each in the machine's order; old ones are forgotten."""
+        found = array("q", (digest for (digest,) in self._database.execute("SELECT digest FROM captured")))
+        found.extend(self._digests)
+        return found.tobytes()
+
+    def now_ns(self) -> int:
+        """The spool's clock: nanoseconds for which an agent has run on it."""
+        return self._clock_ns + self._monotonic_ns() - self._started_ns
+
+    def shrink(self) -> None:
+        """Give pages that are free, and stayed so, back to the file system, some at a time."""
+        (free,) = self._database.execute("PRAGMA freelist_count").fetchone()
+        if free > 64:
+            try:
+                self._database.executescript("PRAGMA incremental_vacuum(1024)")  # `execute` would free one page
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.Error as error:  # the disk is full, and stays as it is
+                log.warning("%s: does not shrink: %s", self._path, error)
 
     def close(self) -> None:
         """Close the file; everything that was committed is in it."""
         self._database.close()
 
+    def _write(self) -> None:
+        run = self._database
+        run.executemany(
+            _INSERT,
+            (
+                (
+                    *(one.row, one.boot, one.sequence, one.name, one.captured_at_ns, one.captured_tick_ns),
+                    *(one.priority, one.spooled_ns, one.message),
+                )
+                for one in self._staged.values()
+            ),
+        )
+        run.executemany("DELETE FROM frame WHERE id = ?", ((row,) for row in self._removed))
+        run.executemany("INSERT INTO captured (digest) VALUES (?)", ((digest,) for digest in self._digests))
+        if self._counts_changed:
+            run.executemany("INSERT OR REPLACE INTO dropped VALUES (?, ?)", self.dropped.items())
+        now_ns = self.now_ns()
+        if now_ns - self._clock_written_ns > CLOCK_PERIOD_NS:
+            run.execute("UPDATE clock SET spool_ns = ?", (now_ns,))
+            self._clock_written_ns = now_ns
+
+    def _drop_one(self) -> None:
+        """Drop the frame that the policy names, of the lowest priority that is there."""
+        newest = self._config.drop == "newest"
+        order = "ORDER BY priority, id" + (" DESC" if newest else "")
+        found = self._database.execute(f"SELECT {_COLUMNS} FROM frame {order}")  # noqa: S608  # constants
+        stored = next((one for one in (Entry(*row) for row in found) if one.row not in self._removed), None)
+        choice = [*self._staged.values(), *([] if stored is None else [stored])]
+        victim = min(choice, key=lambda one: (one.priority, -one.row if newest else one.row))
+        self._take_out(victim)
+        self.drop("spool_full")
+
+    def _take_out(self, entry: Entry) -> Entry:
+        if self._staged.pop(entry.row, None) is None:
+            self._removed.add(entry.row)
+        else:
+            del self._staged_rows[entry.boot, entry.sequence]
+            self.staged_bytes -= len(entry.message)
+        self.rows -= 1
+        self.stored_bytes -= len(entry.message)
+        return entry
+
+    def _backlog(self, priority: int) -> Backlog:
+        if priority not in self._backlogs:
+
+            def find(low: int, high: int, order: Order, priority: int = priority) -> int | None:
+                return self._find(priority, low, high, order)
+
+            self._backlogs[priority] = Backlog(self._config.order, find)
+        return self._backlogs[priority]
+
+    def _find(self, priority: int, low: int, high: int, order: Order) -> int | None:
+        rows = self._rows_within(priority, low, high, order)
+        return next(rows, None)
+
+    def _rows_within(self, priority: int, low: int, high: int, order: Order) -> Iterator[int]:
+        staged = [row for row, one in self._staged.items() if low <= row < high and one.priority == priority]
+        if order == "newest":
+            yield from reversed(staged)  # every staged row is above every stored one
+        direction = "DESC" if order == "newest" else "ASC"
+        stored = self._database.execute(
+            f"SELECT id FROM frame WHERE priority = ? AND id >= ? AND id < ? ORDER BY id {direction}",  # noqa: S608  # constants
+            (priority, low, high),
+        )
+        yield from (row for (row,) in stored if row not in self._removed)
+        if order == "oldest":
+            yield from staged
+
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let others read it
         database = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=1.0)
         try:
-            database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute(f"PRAGMA synchronous = {self._config.synchronous.upper()}")
+            for setting in (
+                "auto_vacuum = INCREMENTAL",
+                "locking_mode = EXCLUSIVE",
+                "journal_mode = WAL",
+                f"synchronous = {self._config.synchronous.upper()}",
+                "cache_size = -1024",
+                "wal_autocheckpoint = 256",
+                "journal_size_limit = 1048576",
+            ):
+                database.execute(f"PRAGMA {setting}").fetchall()
             (verdict,) = database.execute("PRAGMA integrity_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-            elif version != SCHEMA_VERSION:
+            if version > SCHEMA_VERSION:
                 raise SpoolError(
                     f"{self._path}: has version {version}, not {SCHEMA_VERSION}. Use the agent that wrote it."
                 )
+            if version < SCHEMA_VERSION:
+                steps = _SCHEMA if version == 0 else _FROM_VERSION_1
+                database.executescript(f"BEGIN;{steps}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
         except BaseException:
             database.close()
             raise
@@ -194,24 +381,35 @@ class Spool:
         ).fetchone()
         self._last_row, self.rows, self.stored_bytes = totals
         one("DELETE FROM captured WHERE id <= (SELECT max(id) FROM captured) - ?", (REMEMBERED,))
-        self.known = frozenset(digest for (digest,) in one("SELECT digest FROM captured"))
         self.dropped: dict[str, int] = dict(one("SELECT reason, count FROM dropped").fetchall())
+        self._backlogs: dict[int, Backlog] = {}
+        for priority, low, high in one("SELECT priority, min(id), max(id) FROM frame GROUP BY priority"):
+            self._backlog(priority).add(low, high + 1)
+        self._clock_ns: int = one("SELECT spool_ns FROM clock").fetchone()[0]
+        self._clock_written_ns = self._clock_ns
+        self._started_ns = self._monotonic_ns()
 
-    def _move_aside(self, error: sqlite3.DatabaseError) -> None:
+    def _move_aside(self, error: sqlite3.DatabaseError) -> Salvage:
+        saved = salvage(self._path)
         aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
-        log.error("%s: is damaged (%s); kept as %s, its frames are not sent", self._path, error, aside.name)
+        log.error(
+            "%s: is damaged (%s); kept as %s, %d frames of it are taken over",
+            *(self._path, error, aside.name, len(saved.rows)),
+        )
         self._path.replace(aside)
         for suffix in ("-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        return saved
 
-    def _first(self, condition: str, row: int) -> Entry | None:
+    def _take_over(self, saved: Salvage) -> None:
+        for row in saved.rows:
+            self.add(Entry(*row), None)
+        self._digests.extend(saved.digests)
+        self.dropped |= saved.dropped
+        self.drop("spool_damaged")
+        self.commit()
+
+    def _first(self, condition: str, values: tuple[bytes | int, ...]) -> Entry | None:
         query = f"SELECT {_COLUMNS} FROM frame WHERE {condition}"  # noqa: S608  # constants of this module
-        found = self._database.execute(query, (row,)).fetchone()
+        found = self._database.execute(query, values).fetchone()
         return None if found is None else Entry(*found)
-
-    def _remove(self, condition: str, values: tuple[bytes | int, ...]) -> list[Entry]:
-        query = f"DELETE FROM frame WHERE {condition} RETURNING {_COLUMNS}"  # noqa: S608  # constants of this module
-        removed = [Entry(*row) for row in self._database.execute(query, values).fetchall()]
-        self.rows -= len(removed)
-        self.stored_bytes -= sum(len(entry.message) for entry in removed)
-        return removed

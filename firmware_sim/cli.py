@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +12,57 @@ from typing import Any
 import msgspec
 
 from firmware_sim.fleet import FleetConfig, format_report, run_fleet
+from firmware_sim.scenario import Scenario
 from splitward.config import build_config, read_config
 from splitward.errors import SplitwardError
+from splitward.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when nothing was lost and nothing came twice, else 1; 2 after an error."""
     options = vars(_parser().parse_args(arguments))
-    source, out = options.pop("config"), options.pop("out")
+    run = options.pop("run")
     try:
-        config = FleetConfig() if source is None else read_config(source, FleetConfig)
-        report = run_fleet(build_config(_overlay(config, options), FleetConfig, where="flags"))
-        print(format_report(report))
-        if out is not None:
-            out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        return int(run(options))
     except (SplitwardError, OSError) as error:
         print(f"firmware_sim: {error}", file=sys.stderr)
         return 2
+
+
+def _fleet(options: dict[str, Any]) -> int:
+    source, out = options.pop("config"), options.pop("out")
+    config = FleetConfig() if source is None else read_config(source, FleetConfig)
+    report = run_fleet(build_config(_overlay(config, options), FleetConfig, where="flags"))
+    print(format_report(report))
+    if out is not None:
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    return 0 if report.complete else 1
+
+
+def _chaos(options: dict[str, Any]) -> int:
+    from firmware_sim.chaos import run_chaos, write_report
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    scenario = read_config(options["scenario"], Scenario)
+    if options["seed"] is not None:
+        scenario = msgspec.structs.replace(scenario, seed=options["seed"])
+    report = run_chaos(
+        scenario, options["frames"], options["bundle"], options["trusted_key"], options["folder"]
+    )
+    print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    if options["out"] is not None:
+        command = f"python -m firmware_sim chaos {options['scenario']} --seed {scenario.seed}"
+        write_report(report, options["out"], command=command, versions=versions())
+    return 0 if report.complete else 1
+
+
+def _light(options: dict[str, Any]) -> int:
+    from firmware_sim.light import LoadConfig, run_load
+
+    given = {key: value for key, value in options.items() if value is not None}
+    broker = {key: given.pop(key) for key in ("host", "port") if key in given}
+    report = run_load(build_config({**given, "broker": broker}, LoadConfig, where="flags"))
+    print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     return 0 if report.complete else 1
 
 
@@ -56,4 +91,25 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--host", metavar="HOST")
     fleet.add_argument("--port", type=int, metavar="PORT")
     fleet.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    fleet.set_defaults(run=_fleet)
+    chaos = commands.add_parser("chaos", help="let a scenario befall a fleet, and account for every frame")
+    chaos.add_argument("scenario", type=Path, metavar="SCENARIO.toml")
+    chaos.add_argument("--seed", type=int, metavar="N", help="draw other events")
+    chaos.add_argument("--frames", type=Path, default=Path("demo/frames.npz"), metavar="FILE.npz")
+    chaos.add_argument("--bundle", type=Path, default=Path("demo/model.bundle"), metavar="FILE")
+    chaos.add_argument("--trusted-key", type=Path, default=Path("demo/signing.key.pub"), metavar="FILE")
+    chaos.add_argument("--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays")
+    chaos.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    chaos.set_defaults(run=_chaos)
+    light = commands.add_parser("light", help="hundreds of light devices without a runtime, for load")
+    light.add_argument("--devices", type=int, metavar="N")
+    light.add_argument("--frames", type=int, metavar="N", help="of each device")
+    light.add_argument("--rate-hz", type=float, metavar="HZ", help="of each device")
+    light.add_argument("--window", type=int, metavar="N", help="frames under way of each device")
+    light.add_argument("--timeout-s", type=float, metavar="S")
+    light.add_argument("--bundle", metavar="FILE")
+    light.add_argument("--trusted-key", metavar="FILE")
+    light.add_argument("--host", metavar="HOST")
+    light.add_argument("--port", type=int, metavar="PORT")
+    light.set_defaults(run=_light)
     return parser

@@ -15,7 +15,6 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from edge.capture import read_recording
 from edge.config import (
     BrokerConfig,
     CaptureConfig,
@@ -28,6 +27,7 @@ from edge.config import (
     Seconds,
 )
 from edge.errors import CaptureError
+from edge.recording import read_recording
 from edge.results import read_results
 
 STOP_S = 15.0
@@ -237,20 +237,23 @@ def _percentile(values: list[float], percent: float) -> float | None:
 
 
 def to_toml(config: EdgeConfig) -> str:
-    """The configuration as TOML. JSON's strings, numbers and booleans are TOML's."""
+    """The configuration as TOML; what has its default is left out. JSON's strings, numbers and booleans are TOML's."""
     lines: list[str] = []
 
-    def write(table: str, values: dict[str, Any]) -> None:
-        lines.append(f"[{table}]")
+    def write(header: str, name: str, values: dict[str, Any], defaults: dict[str, Any]) -> None:
+        lines.append(header)
         nested = {key: value for key, value in values.items() if isinstance(value, dict)}
         lines.extend(
             f"{key} = {json.dumps(value)}"
             for key, value in values.items()
-            if value is not None and key not in nested
+            if value is not None and key not in nested and value != defaults.get(key)
         )
         for key, value in nested.items():
-            write(f"{table}.{key}", value)
+            write(f"[{name}.{key}]", f"{name}.{key}", value, {})
 
+    defaults = msgspec.to_builtins(EdgeConfig())
     for table, values in msgspec.to_builtins(config).items():
-        write(table, values)
+        for each in values if isinstance(values, (list, tuple)) else [values]:
+            header = f"[[{table}]]" if isinstance(values, (list, tuple)) else f"[{table}]"
+            write(header, table, each, {} if isinstance(values, (list, tuple)) else defaults[table])
     return "\n".join(lines) + "\n"

@@ -28,15 +28,24 @@ def read_config(path: Path, kind: type[T]) -> T:
         The file is missing, is not TOML, has an unknown key, or a value of the wrong type; the message
         names the file, the key, and what to do.
     """
+    return build_config(read_toml(path), kind, where=str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Plain values of the TOML file `path`; `ConfigError` when it is missing, unreadable, or not TOML."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Give the path of a TOML file with --config.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}.") from error
-    return build_config(values, kind, where=str(path))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Plain values of TOML `text`; `ValueError` when it is none."""
+    return tomllib.loads(text)
 
 
 def build_config(values: dict[str, Any], kind: type[T], where: str) -> T:

@@ -101,7 +101,7 @@ def _check_size(path: Path, dataset: Any) -> None:
     try:
         shape = [int(dataset[key].value) for key in ("Rows", "Columns", "SamplesPerPixel")]
         samples = int(dataset.get("NumberOfFrames") or 1) * shape[0] * shape[1] * shape[2]
-    except (TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - pydicom converts values only now, and raises what it likes
         raise DataError(f"{path}: its image size cannot be read. Export it again from its archive.") from None
     if not 0 < samples <= MAX_SAMPLES:
         raise DataError(f"{path}: declares {samples} samples; 1 to {MAX_SAMPLES} are read. Split it by frames.")

@@ -1,7 +1,8 @@
 """Pixels to the frame that a model takes. The loaders and the device both come through here.
 
-Channels are converted first, then the size, both on the integers as they were captured, and only then are
-the values scaled to 0..1: a data set can so keep integers and still train on exactly the device's frames.
+The region of interest is cut out first, then channels are converted, then the size, all on the integers as they were
+captured; only then are the values scaled to 0..1, and the window is applied last. A data set can so keep integers and
+still train on exactly the device's frames.
 """
 
 from __future__ import annotations
@@ -40,30 +41,75 @@ def to_frame(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
     DataError
         Another shape or dtype, an empty image, or a specification that is neither grey nor RGB.
     """
-    return as_float(fit_pixels(pixels, spec))
+    frame = as_float(fit_pixels(pixels, spec))
+    if spec.window is None:
+        return frame
+    low, high = spec.window
+    windowed: NDArray[np.float32] = np.clip((frame - np.float32(low)) * np.float32(1 / (high - low)), 0.0, 1.0)
+    return windowed
 
 
 def fit_pixels(pixels: Pixels, spec: InputSpec) -> Pixels:
-    """As `to_frame`, but [channels, height, width] in the integers of `pixels`, not yet scaled."""
+    """As `to_frame`, but [channels, height, width] in the integers of `pixels`, neither scaled nor windowed."""
     _check_pixels(pixels)
+    if spec.region is not None:
+        pixels = crop_pixels(pixels, spec.region)
+    if spec.fit != "stretch":
+        pixels = _match_aspect(pixels, spec)
     fitted = resize_pixels(_convert_channels(pixels, spec.channels), spec.height, spec.width)
     planes = fitted[None] if fitted.ndim == 2 else np.moveaxis(fitted, -1, 0)
     return np.ascontiguousarray(planes)
 
 
+def crop_pixels(pixels: Pixels, region: tuple[float, float, float, float]) -> Pixels:
+    """Region (top, left, bottom, right) of [H, W] or [H, W, 3], in parts of the sides; at least one pixel."""
+    height, width = pixels.shape[:2]
+    top, left = min(round(region[0] * height), height - 1), min(round(region[1] * width), width - 1)
+    bottom, right = max(round(region[2] * height), top + 1), max(round(region[3] * width), left + 1)
+    return pixels[top:bottom, left:right]
+
+
 def resize_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Resize [H, W] or [H, W, 3]: by area where no side grows, else bilinearly; the same size is left alone."""
+    """Resize [H, W] or [H, W, 3]: by area where no side grows, else bilinearly; the same size is left alone.
+
+    By Pillow in floats, each channel alone: it keeps 16 bits, and a device need not load OpenCV for it.
+    """
     _check_pixels(pixels)
     if pixels.shape[:2] == (height, width):
         return pixels
     if height < 1 or width < 1:
         raise DataError(f"an image cannot be resized to {height} x {width}; give a size of 1 or more.")
-    import cv2
+    from PIL import Image
 
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized: Pixels = cv2.resize(pixels, (width, height), interpolation=method)
-    return resized
+    method = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    planes = [pixels] if pixels.ndim == 2 else list(np.moveaxis(pixels, -1, 0))
+    resized = [
+        np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, height), method))
+        for plane in planes
+    ]
+    whole = np.rint(resized[0] if pixels.ndim == 2 else np.stack(resized, axis=-1))
+    fitted: Pixels = np.clip(whole, 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    return fitted
+
+
+def _match_aspect(pixels: Pixels, spec: InputSpec) -> Pixels:
+    """Cut the longer side (`crop`) or put black beside the shorter (`pad`), evenly, to the model's aspect."""
+    height, width = pixels.shape[:2]
+    if spec.fit == "crop":
+        kept_h, kept_w = (
+            min(height, max(1, round(width * spec.height / spec.width))),
+            min(width, max(1, round(height * spec.width / spec.height))),
+        )
+        top, left = (height - kept_h) // 2, (width - kept_w) // 2
+        return pixels[top : top + kept_h, left : left + kept_w]
+    full_h, full_w = (
+        max(height, round(width * spec.height / spec.width)),
+        max(width, round(height * spec.width / spec.height)),
+    )
+    above, before = (full_h - height) // 2, (full_w - width) // 2
+    sides = [(above, full_h - height - above), (before, full_w - width - before)]
+    return np.pad(pixels, [*sides, *[(0, 0)] * (pixels.ndim - 2)])
 
 
 def as_float(images: NDArray[Any]) -> NDArray[np.float32]:

@@ -12,15 +12,17 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from splitward.errors import BundleError, ConfigError
-from splitward.wire.release import ReleaseLaw
+from splitward.wire.law import ReleaseLaw
+from splitward.wire.names import Backend as Backend
+from splitward.wire.names import Precision as Precision
+
+if TYPE_CHECKING:  # it is large: a device keeps it out of the processes that stay
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -33,16 +35,44 @@ _DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedErro
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """`zipfile` unpacks the others without minding the declared size: 500 bytes of bzip2 take 300 MiB."""
 
-Backend = Literal["onnx", "tflite"]
-Precision = Literal["float32", "int8"]
 
+class InputSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The frame that the model takes: float32 [channels, height, width], 0 black to 1 white.
 
-class InputSpec(msgspec.Struct, frozen=True):
-    """The frame that the model takes: float32 [channels, height, width], 0 black to 1 white."""
+    Attributes
+    ----------
+    region : tuple of float or None
+        Part of the captured image that is used: top, left, bottom, right in parts of its sides, 0 to 1.
+    fit : "stretch", "crop" or "pad"
+        What becomes of another aspect than the model's.
+    window : tuple of float or None
+        Values, in parts of full scale (65535 of 16 bits, 255 of 8), that become 0 and 1; what lies beyond is cut off.
+    """
 
     channels: int
     height: int
     width: int
+    region: tuple[float, float, float, float] | None = None
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    window: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no image could be fitted to; decoding turns this into a refused manifest."""
+        if self.region is not None:
+            top, left, bottom, right = self.region
+            if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+                raise ValueError("region must be top, left, bottom, right with 0 <= top < bottom <= 1")
+        if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ValueError("window must be low, high with 0 <= low < high <= 1")
+
+
+@runtime_checkable
+class SignatureCheck(Protocol):
+    """What can stand in for a public key: it says whether a signature is the trusted key's."""
+
+    def accepts(self, signature: bytes, text: bytes) -> bool:
+        """Whether `signature` is the trusted key's over `text`."""
+        ...
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -113,7 +143,7 @@ def write_bundle(path: Path, manifest: Manifest, files: dict[str, bytes], key: E
     return model_id(text)
 
 
-def read_bundle(path: Path, trusted: Ed25519PublicKey) -> Bundle:
+def read_bundle(path: Path, trusted: Ed25519PublicKey | SignatureCheck) -> Bundle:
     """Read and verify the bundle at `path`.
 
     Raises
@@ -129,7 +159,7 @@ def read_bundle(path: Path, trusted: Ed25519PublicKey) -> Bundle:
         raise BundleError("unreadable", f"{path}: is not a whole bundle: {error}. Fetch it again.") from error
 
 
-def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bundle:
+def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey | SignatureCheck) -> Bundle:
     sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     if len(sizes) != len(archive.infolist()) or len(sizes) > MAX_FILES:
         raise BundleError("extra_file", f"{path}: repeats a name or holds over {MAX_FILES} files.")
@@ -141,13 +171,11 @@ def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bu
     if sizes[MANIFEST] > 1 << 20 or sizes[SIGNATURE] != 64:
         raise BundleError("bad_manifest", f"{path}: manifest or signature has an impossible size.")
     text = _unpack(archive, MANIFEST, sizes[MANIFEST])
-    try:
-        trusted.verify(_unpack(archive, SIGNATURE, sizes[SIGNATURE]), text)
-    except InvalidSignature:
+    if not _is_signed(trusted, _unpack(archive, SIGNATURE, sizes[SIGNATURE]), text):
         raise BundleError(
             "bad_signature",
             f"{path}: the signature is not by the trusted key. Check `trusted_key`, or who made this bundle.",
-        ) from None
+        )
     try:
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -162,6 +190,18 @@ def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey) -> Bu
         model_id(text),
         {name: _read_file(archive, path, name, sizes, manifest) for name in manifest.files},
     )
+
+
+def _is_signed(trusted: Ed25519PublicKey | SignatureCheck, signature: bytes, text: bytes) -> bool:
+    if isinstance(trusted, SignatureCheck):
+        return trusted.accepts(signature, text)
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        trusted.verify(signature, text)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _read_file(
@@ -188,6 +228,9 @@ def _unpack(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
 
 def create_signing_key(path: Path) -> Ed25519PrivateKey:
     """Create a signing key at `path` (PEM, mode 0600) and its public key at `path` + `.pub`."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -210,6 +253,9 @@ def public_key_path(path: Path) -> Path:
 
 def read_signing_key(path: Path) -> Ed25519PrivateKey:
     """Signing key at `path`; `ConfigError` when it is not an Ed25519 private key."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
@@ -223,6 +269,9 @@ def read_signing_key(path: Path) -> Ed25519PrivateKey:
 
 def read_trusted_key(path: Path) -> Ed25519PublicKey:
     """Public key at `path`; `ConfigError` when it is not an Ed25519 public key."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ the shape against a cap (before any allocation), the payload's length, and that 
 from __future__ import annotations
 
 import math
-import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitward.errors import MessageError
+from splitward.wire.names import NAME
 
 MAGIC = b"SWRD"
 VERSION = 1
@@ -26,8 +26,6 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 4
 MAX_VALUES = 1 << 22
 """Most values one message may carry: 16 MiB of float32."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What a site or a device may be called: it is part of a topic and of a certificate."""
 
 _SCALES = (2.0**-149, (2 - 2.0**-23) * 2.0**127)
 """Least and greatest positive float32."""

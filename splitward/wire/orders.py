@@ -6,14 +6,15 @@ A broker carries orders and is not trusted with them: each names its device and 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from splitward.errors import MessageError
 from splitward.wire.control import MAX_BYTES
+
+if TYPE_CHECKING:  # it is large, and a device that gets no order does without it
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 CONTEXT = b"splitward order v1\0"
 """Precedes the body under the signature, so that no other signature of the key passes for an order."""
@@ -87,6 +88,8 @@ def decode_order(payload: bytes, key: Ed25519PublicKey, *, site: str, device: st
     MessageError
         `oversize`, `bad_json`, `bad_signature`, or `wrong_device` for an order to another one.
     """
+    from cryptography.exceptions import InvalidSignature
+
     if len(payload) > MAX_BYTES:
         raise MessageError("oversize", f"order of {len(payload)} bytes; {MAX_BYTES} are allowed.")
     envelope: _Envelope = _decode(_envelope, payload)

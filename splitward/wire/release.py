@@ -12,48 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from splitward.wire.law import NOISE_REACH as NOISE_REACH
+from splitward.wire.law import SECRET_BYTES as SECRET_BYTES
+from splitward.wire.law import ReleaseLaw as ReleaseLaw
 from splitward.wire.tensor import quantise
-
-SECRET_BYTES = 32
-NOISE_REACH = 3.0
-"""Standard deviations of the noise that the released range covers beyond the bound."""
-
-
-class ReleaseLaw(msgspec.Struct, frozen=True):
-    """How a bundle's activation is released; part of the signed manifest.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Shape of the activation, without a batch axis.
-    dtype : "float32" or "int8"
-        float32 releases the activation as it is (`none`, `psgl`); int8 seals it.
-    bound : float
-        The graph keeps every value within [-bound, bound] (int8 only).
-    sigma : float
-        Standard deviation of the noise, in the activation's units.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Literal["float32", "int8"]
-    bound: float = 1.0
-    sigma: float = 0.0
-
-    @property
-    def grid(self) -> float:
-        """Step of the grid on which the clean activation is keyed."""
-        return self.bound / 127
-
-    @property
-    def scale(self) -> float:
-        """Step of the released int8 values."""
-        return float(np.float32((self.bound + NOISE_REACH * self.sigma) / 127)) if self.dtype == "int8" else 1.0
 
 
 def release(activation: NDArray[np.float32], law: ReleaseLaw, secret: bytes) -> NDArray[np.generic]:

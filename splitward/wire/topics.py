@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splitward.errors import WireError
-from splitward.wire.message import NAME
+from splitward.wire.names import NAME
 
 ROOT = "splitward/v1"
 KINDS = ("activation", "result", "status", "command", "bundle", "outcome")

@@ -4,195 +4,42 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge.agent import AgentReport, run_agent
-from edge.capture import SimulatorSource
 from edge.config import (
     BrokerConfig,
     CaptureConfig,
-    DeviceConfig,
-    EdgeConfig,
-    LinkConfig,
     RuntimeConfig,
     SpoolConfig,
 )
 from edge.results import read_results
 from firmware_sim.broker import Broker
-from firmware_sim.fleet import FleetConfig, run_fleet, to_toml
+from firmware_sim.fleet import FleetConfig, run_fleet
 from splitward.errors import BundleError
-from splitward.wire import topics
-from splitward.wire.control import Refusal, Result, Status, decode_status, encode_control
-from splitward.wire.message import Activation, decode
-
-
-class Live(SimulatorSource):
-    """Frames of a world that does not wait."""
-
-    real_time = True
-
-
-LINK = LinkConfig(retry_s=1.0, reconnect_s=0.2, reconnect_max_s=0.5, status_s=0.5)
-TIMEOUT_S = 60.0
-
-
-class Cloud:
-    """Answers every activation at `broker`; a frame that comes again gets the same answer again."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.changed = threading.Condition()
-        self.received: list[tuple[str, str, int]] = []
-        self.answers: dict[tuple[str, str, int], Result | Refusal] = {}
-        self.statuses: dict[str, list[Status]] = {}
-        self.deaf = False
-        self.judge: Callable[[Activation], str | None] = lambda activation: None
-        self.ignore: Callable[[Activation, int], bool] = lambda activation, copies: False
-        self._ready = threading.Event()
-        self._client = Client(
-            CallbackAPIVersion.VERSION2, client_id="cloud", protocol=MQTTProtocolVersion.MQTTv5
-        )
-        self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = self._subscribe
-        self._client.on_subscribe = lambda *_: self._ready.set()
-        self._client.on_message = self._take
-        self._client.on_socket_open = self._send_at_once
-        self._client.connect_async(broker.host, broker.port)
-
-    @staticmethod
-    def _send_at_once(_client: Client, _userdata: Any, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def start(self) -> None:
-        self._client.loop_start()
-        assert self._ready.wait(TIMEOUT_S)
-
-    def stop(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
-
-    def wait(self, ready: Callable[[], Any]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(ready, TIMEOUT_S), "the condition did not come true"
-
-    def _subscribe(self, client: Client, *_: Any) -> None:
-        client.subscribe([("splitward/v1/+/+/activation", 1), (topics.every_status(), 1)])
-
-    def _take(self, client: Client, _userdata: Any, message: MQTTMessage) -> None:
-        site, device, kind = topics.parse(message.topic)
-        with self.changed:
-            if kind == "status":
-                self.statuses.setdefault(device, []).append(decode_status(message.payload))
-            else:
-                activation = decode(message.payload)
-                assert activation.device == device
-                key = (device, activation.boot.hex(), activation.sequence)
-                self.received.append(key)
-                if not self.deaf and not self.ignore(activation, self.received.count(key)):
-                    answer = self.answers.setdefault(key, self._answer(activation))
-                    client.publish(topics.result(site, device), encode_control(answer), qos=1)
-            self.changed.notify_all()
-
-    def _answer(self, activation: Activation) -> Result | Refusal:
-        boot, sequence = activation.boot.hex(), activation.sequence
-        reason = self.judge(activation)
-        if reason is not None:
-            return Refusal(boot, sequence, reason, "as the test wants")
-        streams = {"attacked": 0, "recovered": 1, "fused": 1}
-        scores, captured_at_ns = (0.25, 0.75), activation.captured_at_ns
-        return Result(
-            *(boot, sequence, activation.model.hex(), 1, "yes", scores, streams, captured_at_ns, time.time_ns())
-        )
-
-
-@contextmanager
-def cloud_at(broker: Broker) -> Iterator[Cloud]:
-    cloud = Cloud(broker)
-    cloud.start()
-    try:
-        yield cloud
-    finally:
-        cloud.stop()
+from splitward.wire.control import Status
+from tests.integration.cloud_double import (
+    LINK,
+    TIMEOUT_S,
+    agent_thread,
+    assert_each_once,
+    cloud_at,
+    configure,
+    read_answers,
+    start_process,
+    write_frames,
+)
 
 
 @pytest.fixture(params=["mosquitto", "embedded_broker"])
 def broker(request: pytest.FixtureRequest) -> Broker:
     found: Broker = request.getfixturevalue(request.param)
     return found
-
-
-def write_frames(path: Path, count: int) -> Path:
-    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-    np.savez(path, images=images)
-    return path
-
-
-def configure(folder: Path, broker: Broker, tiny: Any, frames: int, **tables: Any) -> EdgeConfig:
-    capture = tables.pop("capture", CaptureConfig())
-    return EdgeConfig(
-        device=DeviceConfig(
-            bundle=str(tiny.path),
-            trusted_key=str(tiny.trusted_key),
-            state_dir=str(folder / "state"),
-            results_file=str(folder / "results.jsonl"),
-        ),
-        capture=msgspec.structs.replace(capture, path=str(write_frames(folder / "frames.npz", frames))),
-        broker=BrokerConfig(host=broker.host, port=broker.port),
-        **{"link": LINK, **tables},
-    )
-
-
-def read_answers(folder: Path) -> dict[str, set[tuple[str, int]]]:
-    """Identities under which each frame was answered."""
-    found: dict[str, set[tuple[str, int]]] = {}
-    for line in read_results(folder / "results.jsonl"):
-        found.setdefault(line["name"], set()).add((line["boot"], line["sequence"]))
-    return found
-
-
-def assert_each_once(folder: Path, frames: int) -> None:
-    answers = read_answers(folder)
-    assert len(answers) == frames, "a frame was lost"
-    assert all(len(identities) == 1 for identities in answers.values()), "a frame was captured twice"
-
-
-@contextmanager
-def agent_thread(config: EdgeConfig) -> Iterator[list[AgentReport]]:
-    """The agent in a thread until every frame is answered; it must have ended within the time limit."""
-    reports: list[AgentReport] = []
-    stop = threading.Event()
-    thread = threading.Thread(
-        target=lambda: reports.append(run_agent(config, stop=stop, until_answered=True)), daemon=True
-    )
-    thread.start()
-    try:
-        yield reports
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive(), "the agent still waits for results"
-    finally:
-        stop.set()
-        thread.join(TIMEOUT_S)
-
-
-def start_process(config: EdgeConfig, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
-    settings = folder / "edge.toml"
-    settings.write_text(to_toml(config))
-    return subprocess.Popen(
-        [sys.executable, "-m", "edge", "run", "--config", str(settings), *flags], stdout=subprocess.PIPE
-    )
 
 
 @pytest.mark.parametrize("backend", ["onnx", "tflite"])
@@ -303,16 +150,12 @@ def test_a_full_spool_drops_by_its_policy(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, drop: Any
 ) -> None:
     spool = SpoolConfig(max_bytes=10 * 230, drop=drop)
-    config = configure(tmp_path, mosquitto, tiny_bundle, 50, spool=spool)
+    config = configure(tmp_path, mosquitto, tiny_bundle, 50, spool=spool, capture=CaptureConfig(real_time=True))
     with cloud_at(mosquitto) as cloud:
         cloud.deaf = True
         stop = threading.Event()
         reports: list[AgentReport] = []
-        thread = threading.Thread(
-            target=lambda: reports.append(
-                run_agent(config, lambda capture: Live(Path(config.capture.path), capture), stop=stop)
-            )
-        )
+        thread = threading.Thread(target=lambda: reports.append(run_agent(config, stop=stop)))
         thread.start()
         cloud.wait(lambda: sum(cloud.statuses.get("device-1", [Status("offline")])[-1].dropped.values()) >= 40)
         stop.set()
@@ -359,3 +202,22 @@ def test_a_fleet_loses_nothing(tmp_path: Path, mosquitto: Broker, tiny_bundle: A
     assert [one.variant for one in report.devices] == list(config.variants)
     assert sum(one.results for one in report.devices) == 31
     assert (tmp_path / "fleet" / "device-1" / "state" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_hundreds_of_light_devices_are_answered(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
+    from firmware_sim.light import LoadConfig, run_load
+
+    config = LoadConfig(
+        devices=100,
+        frames=5,
+        rate_hz=5.0,
+        bundle=str(tiny_bundle.path),
+        trusted_key=str(tiny_bundle.trusted_key),
+        broker=BrokerConfig(port=mosquitto.port),
+    )
+    with cloud_at(mosquitto) as cloud:
+        report = run_load(config)
+        assert report.complete
+        assert (report.frames, report.results, report.lost) == (500, 500, 0)
+        assert len(cloud.answers) == 500
+        assert len({device for device, _, _ in cloud.answers}) == 100

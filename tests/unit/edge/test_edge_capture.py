@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,54 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge.capture import Capture, open_source, read_recording
+from edge.capture import Capture, Digests, Frame, Source, open_source
 from edge.config import CaptureConfig
 from edge.errors import CaptureError
+from edge.recording import read_recording
 from splitward.imaging.inputs import to_frame
 from splitward.wire.bundle import InputSpec
 
 BLACK = np.zeros((8, 8), np.uint8)
 
 
-def capture(known: frozenset[int] = frozenset(), rate_hz: float = 0.0) -> tuple[Capture, list[str]]:
-    dropped: list[str] = []
-    return Capture(rate_hz, threading.Event(), known, dropped.append), dropped
+class Setting:
+    """A capture, and what its source did with it."""
+
+    def __init__(self, known: frozenset[int] = frozenset(), poison: tuple[str, ...] = ()) -> None:
+        self.stop = threading.Event()
+        self.lost: list[str] = []
+        self.admitted = 0
+        self.superseded = 0
+        self._known = Digests(np.array(sorted(known), np.int64).tobytes())
+        self._poison = poison
+
+    def open(self, **config: Any) -> Source:
+        return open_source(
+            Capture(
+                config=CaptureConfig(**config),
+                stop=self.stop,
+                known=self._known,
+                poison=self._poison,
+                admit=self._admit,
+                give_back=self._give_back,
+                open=lambda name: contextlib.nullcontext(),
+                lose=lambda reason, digest: self.lost.append(reason),
+                supersede=self._supersede,
+            )
+        )
+
+    def frames(self, **config: Any) -> list[Frame]:
+        return list(self.open(**config))
+
+    def _admit(self) -> bool:
+        self.admitted += 1
+        return not self.stop.is_set()
+
+    def _give_back(self) -> None:
+        self.admitted -= 1
+
+    def _supersede(self) -> None:
+        self.superseded += 1
 
 
 def test_a_folder_gives_its_images_by_name_and_passes_over_bad_files(tmp_path: Path, caplog: Any) -> None:
@@ -31,30 +69,59 @@ def test_a_folder_gives_its_images_by_name_and_passes_over_bad_files(tmp_path: P
         Image.fromarray(BLACK).save(tmp_path / name)
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("not looked at")
-    shared, dropped = capture()
-    frames = list(open_source(CaptureConfig(kind="folder", path=str(tmp_path)), shared))
+    setting = Setting()
+    frames = setting.frames(kind="folder", path=str(tmp_path))
     assert [frame.name for frame in frames] == ["a.png", "b/z.pgm", "c.png"]
-    assert dropped == ["unreadable"]
-    assert "bad.png" in caplog.text
+    assert setting.lost == ["unreadable"]
+    assert setting.admitted == 3
+    assert caplog.records[0].file == str(tmp_path / "bad.png")
+    assert "bad.png" not in caplog.text, "file names may name patients"
     assert all(frame.pixels.shape == (8, 8) for frame in frames)
 
 
 def test_known_frames_are_passed_over_until_the_file_changes(tmp_path: Path) -> None:
-    config = CaptureConfig(kind="folder", path=str(tmp_path))
+    config: Any = {"kind": "folder", "path": str(tmp_path)}
     for name in ("a.png", "b.png"):
         Image.fromarray(BLACK).save(tmp_path / name)
-    first, _ = list(open_source(config, capture()[0]))
+    first, _ = Setting().frames(**config)
     assert first.digest is not None
-    shared, _ = capture(frozenset([first.digest]))
-    assert [frame.name for frame in open_source(config, shared)] == ["b.png"]
+    known = frozenset([first.digest])
+    assert [frame.name for frame in Setting(known).frames(**config)] == ["b.png"]
     Image.fromarray(BLACK + 1).save(tmp_path / "a.png")
-    assert [frame.name for frame in open_source(config, shared)] == ["a.png", "b.png"]
+    assert [frame.name for frame in Setting(known).frames(**config)] == ["a.png", "b.png"]
+
+
+def test_files_are_sorted_when_their_frames_are_safe_and_not_before(tmp_path: Path) -> None:
+    config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png", "poison.png"):
+        Image.fromarray(BLACK).save(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    setting = Setting(poison=("poison.png",))
+    a, b = setting.frames(**config)
+    assert sorted(setting.lost) == ["crashed", "unreadable"]
+    failure = json.loads((tmp_path / "failed" / "bad.png.json").read_bytes())
+    assert failure["reason"] == "unreadable"
+    assert "no whole image" in failure["message"]
+    assert (tmp_path / "failed" / "poison.png").exists()
+    assert (tmp_path / "a.png").exists()
+    assert a.settle is not None
+    a.settle()
+    assert (tmp_path / "done" / "a.png").exists()
+    assert b.digest is not None
+    assert Setting(frozenset([b.digest])).frames(**config) == []  # stopped before it could be sorted
+    assert (tmp_path / "done" / "sub" / "b.png").exists()
+    Image.fromarray(BLACK + 1).save(tmp_path / "a.png")
+    (again,) = Setting().frames(**config)
+    assert again.settle is not None
+    again.settle()
+    assert len(list((tmp_path / "done").glob("a*.png"))) == 2, "a file of the same name is not replaced"
 
 
 def test_a_watched_folder_gives_files_that_come_later(tmp_path: Path) -> None:
-    shared, _ = capture()
+    shared = Setting()
     Image.fromarray(BLACK).save(tmp_path / "a.png")
-    frames = iter(open_source(CaptureConfig(kind="folder", path=str(tmp_path), watch=True), shared))
+    frames = iter(shared.open(kind="folder", path=str(tmp_path), watch=True))
     assert next(frames).name == "a.png"
     Image.fromarray(BLACK).save(tmp_path / "later.png")
     assert next(frames).name == "later.png"
@@ -84,12 +151,12 @@ def test_dicom_files_give_each_of_their_frames(tmp_path: Path) -> None:
     write(tmp_path / "one.dcm", 1)
     write(tmp_path / "three.dcm", 3)
     assert ".dcm" in dicom.SUFFIXES
-    config = CaptureConfig(kind="dicom", path=str(tmp_path))
-    frames = list(open_source(config, capture()[0]))
+    config: Any = {"kind": "dicom", "path": str(tmp_path)}
+    frames = Setting().frames(**config)
     assert [frame.name for frame in frames] == ["one.dcm", "three.dcm#0", "three.dcm#1", "three.dcm#2"]
     assert all(frame.pixels.shape == (8, 8) for frame in frames)
     known = frozenset(frame.digest for frame in frames[1:3] if frame.digest is not None)
-    assert [frame.name for frame in open_source(config, capture(known)[0])] == ["one.dcm", "three.dcm#2"]
+    assert [frame.name for frame in Setting(known).frames(**config)] == ["one.dcm", "three.dcm#2"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +167,7 @@ def test_a_recording_is_replayed_whatever_its_layout(
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "r.npz", images=images)
-    frames = list(open_source(CaptureConfig(path=str(tmp_path / "r.npz")), capture()[0]))
+    frames = Setting().frames(path=str(tmp_path / "r.npz"))
     assert [frame.name for frame in frames] == [f"frame-{index:06d}" for index in range(5)]
     fed = to_frame(frames[3].pixels, InputSpec(channels, 8, 8))
     planes = np.moveaxis(images[3], -1, 0) if shape[-1] == 3 else images[3].reshape(channels, 8, 8)
@@ -109,10 +176,11 @@ def test_a_recording_is_replayed_whatever_its_layout(
 
 def test_a_recording_names_its_frames_and_keeps_its_rate(tmp_path: Path) -> None:
     np.savez(tmp_path / "r.npz", images=np.zeros((4, 8, 8), np.uint8), names=np.array(["a", "b", "c", "d"]))
-    frames = list(open_source(CaptureConfig(path=str(tmp_path / "r.npz")), capture(rate_hz=50.0)[0]))
+    started_ns = time.monotonic_ns()
+    frames = Setting().frames(path=str(tmp_path / "r.npz"), rate_hz=50.0)
     assert [frame.name for frame in frames] == ["a", "b", "c", "d"]
-    gaps_ns = [late.captured_tick_ns - early.captured_tick_ns for early, late in itertools.pairwise(frames)]
-    assert min(gaps_ns) > 10e6
+    for number, frame in enumerate(frames):
+        assert frame.captured_tick_ns - started_ns >= number * 20e6
 
 
 @pytest.mark.parametrize(
@@ -132,9 +200,9 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, arrays: dict[str, Any])
 
 
 def test_a_missing_source_is_refused(tmp_path: Path) -> None:
-    for kind in ("folder", "dicom", "simulator"):
+    for kind in ("folder", "dicom", "simulator", "video"):
         with pytest.raises(CaptureError, match="nowhere"):
-            list(open_source(CaptureConfig(kind=kind, path=str(tmp_path / "nowhere")), capture()[0]))
+            Setting().frames(kind=kind, path=str(tmp_path / "nowhere"))
 
 
 def test_a_camera_gives_its_newest_frame_and_is_opened_again(tmp_path: Path) -> None:
@@ -146,12 +214,32 @@ def test_a_camera_gives_its_newest_frame_and_is_opened_again(tmp_path: Path) -> 
     for _ in range(3):
         film.write(red)
     film.release()
-    shared, _ = capture()
-    source = open_source(CaptureConfig(kind="camera", camera=str(tmp_path / "film.avi")), shared)
-    assert source.real_time
-    frames = iter(source)
+    shared = Setting()
+    frames = iter(shared.open(kind="camera", camera=str(tmp_path / "film.avi")))
     seen = [next(frames), next(frames)]  # the film ends before the second: it was opened again
     assert len({frame.name for frame in seen}) == 2
     assert all(frame.pixels[16, 16, 0] > 200 > 50 > frame.pixels[16, 16, 2] for frame in seen)
+    assert not any(frame.can_wait for frame in seen)
+    assert shared.admitted == 0, "a live scene does not wait for room"
     shared.stop.set()
     assert list(frames) == []
+
+
+def test_a_video_gives_each_frame_once(tmp_path: Path) -> None:
+    import cv2
+
+    film = cv2.VideoWriter(str(tmp_path / "film.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (32, 32))
+    for grey in (50, 100, 150):
+        film.write(np.full((32, 32, 3), grey, np.uint8))
+    film.release()
+    config: Any = {"kind": "video", "path": str(tmp_path / "film.avi"), "name": "theatre", "priority": 3}
+    frames = Setting().frames(**config)
+    assert [frame.name for frame in frames] == [f"theatre/film.avi#{index}" for index in range(3)]
+    assert [round(frame.pixels.mean(), -1) for frame in frames] == [50, 100, 150]
+    assert {frame.priority for frame in frames} == {3}
+    known = frozenset(frame.digest for frame in frames[:2] if frame.digest is not None)
+    assert [frame.name for frame in Setting(known).frames(**config)] == ["theatre/film.avi#2"]
+    (tmp_path / "bad.avi").write_bytes(b"no film")
+    setting = Setting()
+    assert setting.frames(kind="video", path=str(tmp_path / "bad.avi")) == []
+    assert setting.lost == ["unreadable"]

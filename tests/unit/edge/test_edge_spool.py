@@ -3,99 +3,249 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
+from array import array
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.config import SpoolConfig
-from edge.errors import SpoolError
+from edge.errors import DiskFull, SpoolError
 from edge.spool import Entry, Spool
+from splitward.wire.message import Activation, encode
 
 BOOT = bytes(range(16))
 FAST = SpoolConfig(synchronous="normal")
 
 
-def entry(
-    sequence: int, message: bytes = b"message", boot: bytes = BOOT, captured_at_ns: int = 10**18
-) -> Entry:
-    return Entry(0, boot, sequence, f"frame-{sequence}", captured_at_ns, 5, message)
+def entry(sequence: int, message: bytes = b"message", boot: bytes = BOOT, priority: int = 0) -> Entry:
+    return Entry(0, boot, sequence, f"frame-{sequence}", 10**18, 5, priority, 0, message)
+
+
+class Clock:
+    """A monotonic clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def __call__(self) -> int:
+        return self.now_ns
 
 
 @contextmanager
-def opened(path: Path, config: SpoolConfig = FAST) -> Iterator[Spool]:
-    with closing(Spool(path, config)) as spool:
+def opened(path: Path, config: SpoolConfig = FAST, clock: Clock | None = None) -> Iterator[Spool]:
+    with closing(Spool(path, config, clock or Clock())) as spool:
         yield spool
 
 
 def add(spool: Spool, *entries: Entry, digest: int | None = None) -> None:
-    with spool.transaction():
-        for one in entries:
-            spool.add(one, digest)
+    for one in entries:
+        spool.add(one, digest)
+    spool.commit()
+
+
+def digests(spool: Spool) -> set[int]:
+    return set(array("q", spool.digests()))
 
 
 def listed(spool: Spool) -> list[int]:
+    """Sequence numbers of what is stored, in the order of spooling."""
+    query = "SELECT sequence FROM frame ORDER BY id"
+    return [sequence for (sequence,) in spool._database.execute(query)]
+
+
+def published(spool: Spool) -> list[int]:
     """Sequence numbers in the order in which they would be published."""
-    found, row = [], 0
-    while (one := spool.first_after(row)) is not None:
+    found = []
+    while (one := spool.take_fresh()) is not None:
         found.append(one.sequence)
-        row = one.row
     return found
+
+
+def fill(disk: Path) -> Path:
+    """Take every byte that is left; the file that holds them."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return ballast
+
+
+def message(sequence: int, size: int = 16) -> bytes:
+    """A real message, checksum and all."""
+    values = np.random.default_rng(sequence).integers(-127, 128, size).astype(np.int8)
+    return encode(Activation("pi", BOOT, sequence, 10**18, BOOT, values, 0.5))
 
 
 def test_what_was_committed_survives_a_restart(tmp_path: Path) -> None:
     with opened(tmp_path / "spool") as spool:
         add(spool, entry(0), entry(1), digest=7)
-        with spool.transaction():
-            spool.drop("unreadable")
+        spool.drop("unreadable")
+        spool.commit()
     with opened(tmp_path / "spool") as spool:
-        assert listed(spool) == [0, 1]
+        assert listed(spool) == published(spool) == [0, 1]
         assert (spool.rows, spool.stored_bytes) == (2, 14)
-        assert spool.known == {7}
+        assert digests(spool) == {7}
         assert spool.dropped == {"unreadable": 1}
         add(spool, entry(0, boot=bytes(16)))  # a new start of the agent counts from 0 again
-        assert listed(spool) == [0, 1, 0]
+        assert published(spool) == [0]
         removed = spool.remove(BOOT, 0)
         assert removed is not None
         assert removed.message == b"message"
         assert spool.remove(BOOT, 0) is None
+        spool.commit()
+        assert listed(spool) == [1, 0]
 
 
-def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
-    def fail(spool: Spool) -> None:
-        with spool.transaction():
-            spool.add(entry(0), 7)
-            raise ZeroDivisionError
-
-    with opened(tmp_path / "spool") as spool, pytest.raises(ZeroDivisionError):
-        fail(spool)
+def test_what_was_not_committed_is_not_there(tmp_path: Path) -> None:
     with opened(tmp_path / "spool") as spool:
-        assert (listed(spool), spool.known) == ([], frozenset())
+        add(spool, entry(0))
+        spool.add(entry(1), 7)
+        spool.remove(BOOT, 0)
+        spool.drop("unreadable")
+        assert (spool.rows, spool.changed) == (1, True)
+    with opened(tmp_path / "spool") as spool:
+        assert (listed(spool), digests(spool), spool.dropped) == ([0], set(), {})
+
+
+def test_nothing_is_published_before_it_is_committed_unless_memory_is_asked_for(tmp_path: Path) -> None:
+    for mode, expected in (("disk", []), ("memory", [0])):
+        with opened(tmp_path / mode, SpoolConfig(mode=mode)) as spool:  # type: ignore[arg-type]
+            spool.add(entry(0), 1)
+            assert published(spool) == expected
+            spool.commit()
+            assert published(spool) == [0][len(expected) :]
+
+
+def test_a_frame_that_is_answered_in_memory_never_touches_the_disk(tmp_path: Path) -> None:
+    with opened(tmp_path / "spool", SpoolConfig(mode="memory")) as spool:
+        spool.add(entry(0), 1)
+        assert spool.remove(BOOT, 0) is not None
+        spool.commit()
+        assert (listed(spool), spool.rows, spool.stored_bytes, spool.staged_bytes) == ([], 0, 0, 0)
+        assert digests(spool) == {1}
 
 
 def test_a_row_is_never_used_again(tmp_path: Path) -> None:
     with opened(tmp_path / "spool") as spool:
         add(spool, entry(0))
-        first = spool.first_after(0)
-        assert first is not None
-        with spool.transaction():
-            spool.remove(BOOT, 0)
+        assert published(spool) == [0]
+        spool.remove(BOOT, 0)
         add(spool, entry(1))
-        assert spool.first_after(first.row) is not None
+        assert published(spool) == [1]
 
 
-def test_old_frames_expire(tmp_path: Path) -> None:
-    with opened(tmp_path / "spool", SpoolConfig(max_age_s=10.0)) as spool:
-        add(spool, entry(0, captured_at_ns=1), entry(1, captured_at_ns=6 * 10**9))
-        with spool.transaction():
-            spool.expire(15 * 10**9)
+@pytest.mark.parametrize("order", ["oldest", "newest"])
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.one_of(st.integers(0, 2), st.none()), max_size=60), restart_at=st.integers(0, 60))
+def test_it_publishes_by_priority_and_then_by_age(order: Any, steps: list[int | None], restart_at: int) -> None:
+    """Against a list: an integer spools a frame of that priority, None publishes one."""
+    config = SpoolConfig(order=order, synchronous="normal")
+    waiting: list[tuple[int, int]] = []  # priority, sequence
+    taken: list[tuple[int, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        spool = Spool(Path(folder) / "spool", config)
+        try:
+            for number, step in enumerate(steps):
+                if number == restart_at:  # what was published is due again, as nobody knows whether it arrived
+                    spool.close()
+                    spool = Spool(Path(folder) / "spool", config)
+                    waiting, taken = sorted([*waiting, *taken], key=lambda one: one[1]), []
+                if step is not None:
+                    add(spool, entry(number, priority=step))
+                    waiting.append((step, number))
+                    continue
+                one = spool.take_fresh()
+                if not waiting:
+                    assert one is None
+                    continue
+                best = max(waiting, key=lambda w: (w[0], -w[1] if order == "oldest" else w[1]))
+                assert one is not None
+                assert (one.priority, one.sequence) == best
+                waiting.remove(best)
+                taken.append(best)
+        finally:
+            spool.close()
+
+
+def test_old_frames_expire_by_the_time_that_the_agent_ran(tmp_path: Path) -> None:
+    config, clock = SpoolConfig(max_age_s=30.0), Clock()
+    with opened(tmp_path / "spool", config, clock) as spool:
+        add(spool, entry(0))
+        clock.now_ns = 20 * 10**9
+        add(spool, entry(1))
+    later = Clock()
+    later.now_ns = 10**18  # another boot: its monotonic clock says nothing about the last one's
+    with opened(tmp_path / "spool", config, later) as spool:
+        spool.expire()
+        assert spool.rows == 2
+        later.now_ns += 15 * 10**9
+        spool.expire()
+        spool.commit()
         assert listed(spool) == [1]
         assert spool.dropped == {"expired": 1}
+
+
+def test_a_full_disk_loses_nothing_and_can_be_tried_again(tmp_path: Path, small_disk: Path) -> None:
+    with opened(small_disk / "spool") as spool:
+        add(spool, *(entry(sequence, bytes(500)) for sequence in range(20)), digest=1)
+        ballast = fill(small_disk)
+        for sequence in range(20, 2000):
+            spool.add(entry(sequence, bytes(500)), sequence)
+        spool.remove(BOOT, 3)
+        with pytest.raises(DiskFull, match="Free space"):
+            spool.commit()
+        with pytest.raises(DiskFull):
+            spool.commit()
+        assert spool.rows == 1999
+        assert spool.remove(BOOT, 3) is None
+        assert spool.remove(BOOT, 30) is not None
+        ballast.unlink()
+        spool.commit()
+        assert listed(spool) == [sequence for sequence in range(2000) if sequence not in (3, 30)]
+    with opened(small_disk / "spool") as spool:
+        assert spool.rows == 1998
+
+
+def test_a_spool_that_has_emptied_gives_its_space_back(tmp_path: Path) -> None:
+    with opened(tmp_path / "spool") as spool:
+        add(spool, *(entry(sequence, bytes(2000)) for sequence in range(2000)))
+        spool.shrink()
+        full = sum(path.stat().st_size for path in tmp_path.iterdir())
+        for sequence in range(2000):
+            spool.remove(BOOT, sequence)
+        spool.commit()
+        for _ in range(20):
+            spool.shrink()
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < full / 10
+
+
+def test_a_version_1_spool_is_taken_over(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "spool")) as old:
+        old.executescript(
+            """
+            CREATE TABLE frame (id INTEGER PRIMARY KEY, boot BLOB NOT NULL, sequence INTEGER NOT NULL,
+                name TEXT NOT NULL, captured_at_ns INTEGER NOT NULL, captured_tick_ns INTEGER NOT NULL,
+                message BLOB NOT NULL, UNIQUE (boot, sequence));
+            CREATE TABLE captured (id INTEGER PRIMARY KEY, digest INTEGER NOT NULL);
+            CREATE TABLE dropped (reason TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+            INSERT INTO frame VALUES (5, x'00', 3, 'a', 1, 2, x'0102');
+            INSERT INTO captured VALUES (1, 77);
+            PRAGMA user_version = 1;
+            """
+        )
+    with opened(tmp_path / "spool") as spool:
+        one = spool.take_fresh()
+        assert one is not None
+        assert (one.sequence, one.message, one.priority) == (3, b"\x01\x02", 0)
+        assert digests(spool) == {77}
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\0" + bytes(4000)])
@@ -110,13 +260,33 @@ def test_a_damaged_file_is_moved_aside_and_counted(tmp_path: Path, content: byte
     assert "is damaged" in caplog.text
 
 
-def test_damage_within_a_page_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", range(1, 30, 4))
+def test_damage_within_a_page_costs_the_frames_of_that_page_at_most(tmp_path: Path, page: int) -> None:
     with opened(tmp_path / "spool") as spool:
-        add(spool, *(entry(sequence, os.urandom(500)) for sequence in range(200)))
+        add(spool, *(entry(sequence, message(sequence, 500)) for sequence in range(200)), digest=5)
     with (tmp_path / "spool").open("r+b") as file:
-        file.seek(8192)
+        pages = file.seek(0, os.SEEK_END) // 4096
+        assert page < pages
+        file.seek(4096 * page)
         file.write(b"\xff" * 4096)
     with opened(tmp_path / "spool") as spool:
+        saved = listed(spool)
+        assert len(saved) >= 200 - 12
+        assert published(spool) == saved
+        assert spool.dropped.pop("spool_damaged", 1) == 1
+        for sequence in saved:
+            one = spool.remove(BOOT, sequence)
+            assert one is not None
+            assert one.message == message(sequence, 500)
+
+
+def test_frames_are_found_in_a_file_that_sqlite_cannot_open(tmp_path: Path) -> None:
+    with opened(tmp_path / "spool") as spool:
+        add(spool, *(entry(sequence, message(sequence)) for sequence in range(50)))
+    with (tmp_path / "spool").open("r+b") as file:
+        file.write(bytes(4096))  # header and schema
+    with opened(tmp_path / "spool") as spool:
+        assert sorted(listed(spool)) == list(range(50))
         assert spool.dropped == {"spool_damaged": 1}
 
 
@@ -169,8 +339,8 @@ def test_it_behaves_as_a_bounded_queue(steps: list[tuple[str, int]], drop: Any) 
                         model.pop(0)
                     added += 1
                 elif step == "remove":
-                    with spool.transaction():
-                        found = spool.remove(BOOT, value)
+                    found = spool.remove(BOOT, value)
+                    spool.commit()
                     assert (found is not None) == any(sequence == value for sequence, _ in model)
                     answered += found is not None
                     model = [one for one in model if one[0] != value]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -105,3 +106,77 @@ def test_importing_is_cheap(module):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_a_region_is_cut_out_before_anything_else():
+    pixels = np.arange(100, dtype=np.uint8).reshape(10, 10)
+    spec = InputSpec(1, 5, 2, region=(0.0, 0.5, 0.5, 0.7))
+    assert np.array_equal(fit_pixels(pixels, spec)[0], pixels[:5, 5:7])
+    tiny = InputSpec(1, 1, 1, region=(0.99, 0.99, 1.0, 1.0))
+    assert fit_pixels(pixels, tiny).tolist() == [[[99]]]
+
+
+@pytest.mark.parametrize(("shape", "crop", "pad"), [((4, 8), (2, 6), (2, 2)), ((8, 4), (2, 6), (2, 2))])
+def test_another_aspect_is_cropped_or_padded_evenly(shape, crop, pad):
+    pixels = np.full(shape, 200, np.uint8)
+    along = 1 if shape[1] > shape[0] else 0
+    position = np.arange(8, dtype=np.uint8)
+    pixels = pixels - (position[None] if along else position[:, None])
+    cropped = fit_pixels(pixels, InputSpec(1, 4, 4, fit="crop"))[0]
+    assert np.array_equal(cropped, pixels[:, crop[0] : crop[1]] if along else pixels[crop[0] : crop[1]])
+    padded = fit_pixels(pixels, InputSpec(1, 8, 8, fit="pad"))[0]
+    middle = padded[pad[0] : 8 - pad[1]] if along else padded[:, pad[0] : 8 - pad[1]]
+    assert np.array_equal(middle, pixels)
+    assert padded.sum() == pixels.sum(), "the rest is black"
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_a_window_stretches_part_of_the_scale(dtype, full):
+    pixels = np.array([[0, round(0.2 * full), round(0.4 * full), round(0.6 * full), full]], dtype)
+    frame = to_frame(pixels, InputSpec(1, 1, 5, window=(0.2, 0.6)))
+    np.testing.assert_allclose(frame[0, 0], [0, 0, 0.5, 1, 1], atol=0.01)
+
+
+@given(
+    st.tuples(*[st.integers(1, 30)] * 4),
+    st.sampled_from(["stretch", "crop", "pad"]),
+    st.tuples(*[st.floats(0, 0.45)] * 2),
+    st.tuples(*[st.floats(0.55, 1)] * 2),
+)
+def test_every_specification_gives_its_own_size(sides, fit, start, end):
+    height, width, new_height, new_width = sides
+    spec = InputSpec(3, new_height, new_width, region=(*start, *end), fit=fit, window=(start[0], end[0]))
+    frame = to_frame(np.full((height, width), 128, np.uint8), spec)
+    assert frame.shape == (3, new_height, new_width)
+    assert frame.min() >= 0
+    assert frame.max() <= 1
+
+
+def test_resizing_agrees_with_opencv_to_a_rounding():
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'splitward[camera]'")
+    pixels = np.random.default_rng(0).integers(0, 65536, (60, 44), dtype=np.uint16)
+    by_area = cv2.resize(pixels, (11, 20), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(resize_pixels(pixels, 20, 11).astype(int) - by_area).max() <= 1
+    grown = cv2.resize(pixels, (88, 120), interpolation=cv2.INTER_LINEAR).astype(int)
+    assert np.abs(resize_pixels(pixels, 120, 88).astype(int) - grown).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"region": [0.5, 0, 0.5, 1]},
+        {"region": [0, 0, 1.5, 1]},
+        {"region": [0, 0, 1]},
+        {"window": [0.5, 0.5]},
+        {"window": [-0.1, 1]},
+        {"fit": "squeeze"},
+    ],
+)
+def test_a_manifest_with_an_impossible_input_is_refused(more):
+    values = {"channels": 1, "height": 2, "width": 2, **more}
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(msgspec.json.encode(values), type=InputSpec)
+
+
+def test_what_is_not_said_is_not_in_the_manifest():
+    assert msgspec.json.encode(InputSpec(1, 2, 3)) == b'{"channels":1,"height":2,"width":3}'

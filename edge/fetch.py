@@ -1,0 +1,154 @@
+"""HTTPS to the cloud: JSON requests, and files that are fetched on where a broken transfer stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import random
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.errors import FetchError
+
+TIMEOUT_S = 30.0
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 120.0
+CHUNK_BYTES = 64 << 10
+MAX_ANSWER_BYTES = 1 << 20
+FREE_BYTES = 16 << 20
+"""Space that a fetch leaves on the disk for the spool."""
+_FINAL = frozenset({400, 401, 403, 404, 405, 409, 410, 422})
+log = logging.getLogger(__name__)
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
+        _check_https(arguments[-1])
+        return super().redirect_request(*arguments)
+
+
+def post_json(url: str, body: dict[str, Any], ca: str | None) -> dict[str, Any]:
+    """Answer to a JSON request.
+
+    Raises
+    ------
+    FetchError
+        `unreachable`, `bad_answer`, or `http_STATUS` with the problem's own detail.
+    """
+    request = urllib.request.Request(  # noqa: S310  # HTTPS only, checked in _open
+        url, msgspec.json.encode(body), {"Content-Type": "application/json", "Accept": "application/json"}
+    )
+    try:
+        with _open(request, ca) as answer:
+            data = answer.read(MAX_ANSWER_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise _error_of(url, error) from error
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise FetchError("bad_answer", f"{_shown(url)}: does not answer in JSON: {error}.") from error
+
+
+def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, tries: int) -> None:
+    """Fetch `size` bytes to `target`, going on with what is there, and check their SHA-256.
+
+    Raises
+    ------
+    FetchError
+        `no_space`, `unreachable` (after `tries`), `http_STATUS`, `oversize`, or `wrong_hash`; then what was
+        fetched is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for attempt in range(tries):
+        have = target.stat().st_size if target.exists() else 0
+        _check_space(target, size - have)
+        try:
+            if have < size:
+                _fetch_rest(url, target, have, sha256, size, ca)
+            break
+        except FetchError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            failure = _error_of(url, error)
+            if getattr(error, "code", None) in _FINAL or attempt == tries - 1:
+                raise failure from error
+            pause_s = min(PAUSE_S * 2.0**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+            log.warning("%s; trying again in %.0f s", failure, pause_s)
+            time.sleep(pause_s)
+    if target.stat().st_size != size or _sha256(target) != sha256:
+        target.unlink()
+        raise FetchError("wrong_hash", f"{_shown(url)}: is not the file that was announced. Announce it again.")
+
+
+def _fetch_rest(url: str, target: Path, have: int, sha256: str, size: int, ca: str | None) -> None:
+    headers = {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'} if have else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310  # HTTPS only, checked in _open
+    with _open(request, ca) as answer:
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        with target.open("ab" if goes_on else "wb") as file:
+            written = have if goes_on else 0
+            while chunk := answer.read(CHUNK_BYTES):
+                written += len(chunk)
+                if written > size:
+                    raise FetchError("oversize", f"{_shown(url)}: is longer than was announced.")
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    if written < size:
+        raise http.client.IncompleteRead(b"", size - written)
+
+
+def _open(request: urllib.request.Request, ca: str | None) -> Any:
+    _check_https(request.full_url)
+    context = ssl.create_default_context(cafile=ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _OnlyHttps())
+    return opener.open(request, timeout=TIMEOUT_S)
+
+
+def _check_https(url: str) -> None:
+    if urllib.parse.urlsplit(url).scheme != "https":
+        raise FetchError("bad_url", f"{_shown(url)}: is no HTTPS address; the cloud is reached by HTTPS only.")
+
+
+def _check_space(target: Path, more: int) -> None:
+    disk = os.statvfs(target.parent)
+    free = disk.f_bavail * disk.f_frsize
+    if more + FREE_BYTES > free:
+        raise FetchError(
+            "no_space", f"{target.parent}: {free} bytes are free, {more} are to be fetched. Free some space."
+        )
+
+
+def _error_of(url: str, error: Exception) -> FetchError:
+    if isinstance(error, urllib.error.HTTPError):
+        detail = ""
+        try:
+            problem = msgspec.json.decode(error.read(MAX_ANSWER_BYTES), type=dict[str, Any])
+            detail = str(problem.get("detail") or problem.get("title") or "")
+        except (msgspec.DecodeError, OSError):
+            pass  # no problem details
+        return FetchError(f"http_{error.code}", f"{_shown(url)}: {error.code} {error.reason}. {detail}".strip())
+    reason = getattr(error, "reason", None) or error
+    return FetchError("unreachable", f"{_shown(url)}: {reason}. Is the address right, and `cloud.ca`?")
+
+
+def _shown(url: str) -> str:
+    """The address without its query, which holds a ticket."""
+    return urllib.parse.urlunsplit((*urllib.parse.urlsplit(url)[:3], "", ""))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""Files of a folder: images or DICOM, read once, and sorted into done/ and failed/ if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edge.capture import Capture, Frame, digest_of
+from edge.errors import CaptureError
+from splitward.errors import DataError
+from splitward.imaging.inputs import Pixels
+
+WATCH_S = 1.0
+WATCH_PART = 0.02
+"""Most of the time that looking for files may take: a folder of a hundred thousand is looked at less often."""
+DONE, FAILED = "done", "failed"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Files of a folder and of those below it, by name; watched for more if asked."""
+
+    path: Path
+    capture: Capture
+    read: Callable[[Path], list[Pixels]]
+    suffixes: frozenset[str]
+
+    def __iter__(self) -> Iterator[Frame]:
+        if not self.path.is_dir():
+            raise CaptureError(f"{self.path}: is not a folder. Set `capture.path` to the folder of images.")
+        return self.capture.pace(self._frames())
+
+    def _frames(self) -> Iterator[Frame]:
+        seen: set[tuple[Path, int]] = set()
+        while True:
+            started_s = time.monotonic()
+            files = self._files()
+            pause_s = max(WATCH_S, (time.monotonic() - started_s) / WATCH_PART)
+            seen &= set(files)  # no longer than the folder itself
+            for path, modified_ns in files:
+                if (path, modified_ns) not in seen:
+                    seen.add((path, modified_ns))
+                    yield from self._read(path, modified_ns)
+            if not self.capture.config.watch or self.capture.stop.wait(pause_s):
+                return
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """Files with their time of change; in a watched folder only those that are no longer written to."""
+        watch = self.capture.config.watch
+        # Against the file system's own clock: the device's may have jumped since the file was written.
+        settled_ns = _file_system_now_ns(self.path) - int(WATCH_S * 1e9) if watch else 0
+        found = []
+        for folder, folders, names in os.walk(self.path):
+            if Path(folder) == self.path and self.capture.config.sort:
+                folders[:] = [name for name in folders if name not in (DONE, FAILED)]
+            for name in names:
+                path = Path(folder, name)
+                if path.suffix.lower() in self.suffixes:
+                    with contextlib.suppress(OSError):  # removed since it was listed
+                        modified_ns = path.stat().st_mtime_ns
+                        if not watch or modified_ns < settled_ns:
+                            found.append((path, modified_ns))
+        return sorted(found)
+
+    def _read(self, path: Path, modified_ns: int) -> Iterator[Frame]:
+        name = path.relative_to(self.path).as_posix()
+        key = f"{self.capture.name(name)}@{modified_ns}"
+        if digest_of(key) in self.capture.known:
+            self._sort(path)  # the agent was stopped before it could
+            return
+        if self.capture.is_poison(name):
+            self._fail(path, key, "crashed", "reading or releasing it ended the releaser twice.")
+            return
+        try:
+            with self.capture.open(self.capture.name(name)):
+                images = self.read(path)
+        except DataError as error:
+            self._fail(path, key, "unreadable", str(error))
+            return
+        for index, pixels in enumerate(images):
+            # The last frame of a file stands for the whole file, so that a restart need not read it again.
+            last = index == len(images) - 1
+            digest = digest_of(key + ("" if last else f"#{index}"))
+            if digest not in self.capture.known:
+                settle = (lambda: self._sort(path)) if last else None
+                yield self.capture.take(name if len(images) == 1 else f"{name}#{index}", pixels, digest, settle)
+
+    def _fail(self, path: Path, key: str, reason: str, message: str) -> None:
+        log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
+        self.capture.lose(reason, digest_of(key))
+        self._sort(path, {"reason": reason, "message": message})
+
+    def _sort(self, path: Path, failure: dict[str, str] | None = None) -> None:
+        """Move a file to done/, or to failed/ with the reason beside it."""
+        if not self.capture.config.sort:
+            return
+        target = self.path / (FAILED if failure else DONE) / path.relative_to(self.path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target = target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}")
+            if failure:
+                target.with_name(target.name + ".json").write_bytes(msgspec.json.encode(failure))
+            path.replace(target)
+        except OSError as error:
+            log.warning("a file stays where it is: %s", error.strerror, extra={"file": str(path)})
+
+
+def image_folder(path: Path, capture: Capture) -> FolderSource:
+    """Folder of image files."""
+    from splitward.imaging import files
+
+    return FolderSource(path, capture, lambda file: [files.read_image(file)], files.SUFFIXES)
+
+
+def dicom_folder(path: Path, capture: Capture) -> FolderSource:
+    """Folder of DICOM files."""
+    from splitward.imaging import dicom
+
+    return FolderSource(
+        path, capture, lambda file: [one.pixels for one in dicom.read_dicom(file)], dicom.SUFFIXES
+    )
+
+
+def _file_system_now_ns(folder: Path) -> int:
+    """Now, as the file system stamps files; by this device's clock where nothing may be written there."""
+    probe = folder / ".splitward-clock"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime_ns
+    except OSError:
+        return time.time_ns()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()

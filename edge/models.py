@@ -1,0 +1,137 @@
+"""The bundles that are installed on this device, which of them runs, and which ran before.
+
+They lie in `state_dir/models`, one file each, named by model id. `active.json` says which one runs; it is replaced
+atomically, so that a power cut at any moment leaves either the old bundle or the new one. Without it the bundle of
+the configuration runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from edge.config import EdgeConfig
+from edge.disk import move_whole, write_whole
+from edge.errors import UpdateError
+
+log = logging.getLogger(__name__)
+
+
+class Trial(Struct, frozen=True):
+    """A bundle that has not proved itself yet: the order that brought it, and how often it was started."""
+
+    order: str
+    starts: int
+
+
+class Active(Struct, frozen=True):
+    """`active.json`. An empty id stands for the configuration's bundle."""
+
+    model: str = ""
+    previous: str = ""
+    trial: Trial | None = None
+
+
+class InstalledModel(Struct, frozen=True):
+    """One line of `edge model list`."""
+
+    model: str
+    path: str
+    state: str
+
+
+class ModelStore:
+    """The installed bundles of one device."""
+
+    def __init__(self, config: EdgeConfig) -> None:
+        self._folder = Path(config.device.state_dir) / "models"
+        self._configured = config.device.bundle
+        self._keep = config.update.keep
+        self.active = self._load()
+
+    @property
+    def staging(self) -> Path:
+        """Folder for what is being fetched."""
+        return self._folder / "staging"
+
+    def path(self, model: str | None = None) -> Path:
+        """File of a model; of the one that runs by default."""
+        model = self.active.model if model is None else model
+        return self._folder / f"{model}.bundle" if model else Path(self._configured)
+
+    def take(self, file: Path, model: str) -> None:
+        """Move a verified bundle's file in."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        move_whole(file, self.path(model))
+
+    def activate(self, model: str, order: str = "") -> None:
+        """Let `model` run, on trial, until `accept` or `roll_back`."""
+        active = self.active
+        previous = active.previous if model == active.model else active.model
+        self._save(Active(model, previous, Trial(order, 0)))
+
+    def note_start(self) -> Trial | None:
+        """Count a start under trial, before the bundle is touched; the trial, if there is one."""
+        trial = self.active.trial
+        if trial is not None:
+            trial = Trial(trial.order, trial.starts + 1)
+            self._save(msgspec.structs.replace(self.active, trial=trial))
+        return trial
+
+    def accept(self) -> None:
+        """End the trial well, and remove the oldest bundles."""
+        self._save(msgspec.structs.replace(self.active, trial=None))
+        needed = {self.active.model, self.active.previous}
+        others = [path for path in self._folder.glob("*.bundle") if path.stem not in needed]
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for path in others[max(0, self._keep - 1) :]:
+            path.unlink(missing_ok=True)
+
+    def roll_back(self) -> str:
+        """Let the bundle run that ran before; its model id, empty for the configuration's bundle.
+
+        Raises
+        ------
+        UpdateError
+            `no_previous`: there is none.
+        """
+        active = self.active
+        if active.model == active.previous:
+            raise UpdateError("no_previous", "no bundle was installed, so there is none to go back to.")
+        if not self.path(active.previous).exists():
+            raise UpdateError("no_previous", f"{self.path(active.previous)}: the bundle before is gone.")
+        # Back and forth: after an ordered roll back the newer one is the one before. A failed one is forgotten.
+        previous = "" if active.trial is not None else active.model
+        self._save(Active(active.previous, previous))
+        return active.previous
+
+    def installed(self) -> list[InstalledModel]:
+        """Every bundle on the device; the one that runs, and the one before, are marked."""
+        active = self.active
+        states = {active.previous: "previous", active.model: "trial" if active.trial else "active"}
+        names = sorted({"", *(path.stem for path in self._folder.glob("*.bundle"))})
+        return [
+            InstalledModel(name or "configured", str(self.path(name)), states.get(name, "installed"))
+            for name in names
+        ]
+
+    def _load(self) -> Active:
+        path = self._folder / "active.json"
+        try:
+            active = msgspec.json.decode(path.read_bytes(), type=Active)
+        except FileNotFoundError:
+            return Active()
+        except (OSError, msgspec.DecodeError) as error:
+            log.error("%s: cannot be read (%s); the configured bundle runs", path, error)
+            return Active()
+        if active.model and not self.path(active.model).exists():
+            log.error("%s: the bundle is gone; the configured one runs", self.path(active.model))
+            return Active()
+        return active
+
+    def _save(self, active: Active) -> None:
+        write_whole(self._folder / "active.json", msgspec.json.encode(active))
+        self.active = active

@@ -1,0 +1,127 @@
+"""The agent's configuration from its sources: the file, then what signed orders changed, then the environment.
+
+`SPLITWARD_EDGE__BROKER__HOST=broker.example.org` sets `broker.host`; values are TOML, or else text. Orders may change
+what stands in `REMOTE` and nothing else: neither who the device is, nor whom it trusts, nor what leaves it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.config import EdgeConfig
+from edge.disk import write_whole
+from splitward.config import build_config, parse_toml, read_toml
+from splitward.errors import ConfigError
+
+PREFIX = "SPLITWARD_EDGE__"
+REMOTE = frozenset(
+    {
+        "capture.rate_hz",
+        "capture.max_unanswered",
+        "capture.priority",
+        "health.log_level",
+        "link.retry_s",
+        "link.retry_max_s",
+        "link.status_s",
+        "link.window",
+        "runtime.backend",
+        "runtime.precision",
+        "runtime.threads",
+        "runtime.deadline_s",
+        "spool.drop",
+        "spool.max_age_s",
+        "spool.max_bytes",
+        "spool.order",
+    }
+)
+"""Settings that an order may change."""
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ) -> EdgeConfig:
+    """Configuration of the file at `path` (the defaults without one), with everything on top.
+
+    Raises
+    ------
+    ConfigError
+        A file or a variable cannot be used; the message names it and the key.
+    """
+    values = {} if path is None else read_toml(path)
+    where = "defaults" if path is None else str(path)
+    base = build_config(values, EdgeConfig, where)
+    remote = _remote_path(base)
+    if remote.exists():
+        values = _overlay(values, _read_remote(remote))
+        where = f"{where} with {remote}"
+    changed = {
+        key.removeprefix(PREFIX).lower().replace("__", "."): _value_of(text)
+        for key, text in environment.items()
+        if key.startswith(PREFIX)
+    }
+    if changed:
+        values = _overlay(values, changed)
+        where = f"{where} with {PREFIX}..."
+    return build_config(values, EdgeConfig, where)
+
+
+def change_remotely(config: EdgeConfig, arguments: Mapping[str, Any]) -> None:
+    """Keep an order's changes for the next start.
+
+    Raises
+    ------
+    ConfigError
+        As `with_changes`; then nothing is kept.
+    """
+    with_changes(config, arguments)
+    path = _remote_path(config)
+    kept = {**(_read_remote(path) if path.exists() else {}), **arguments}
+    write_whole(path, msgspec.json.encode(kept))
+
+
+def with_changes(config: EdgeConfig, arguments: Mapping[str, Any]) -> EdgeConfig:
+    """The configuration that an order's changes would give.
+
+    Raises
+    ------
+    ConfigError
+        A key may not be changed from afar, or a value cannot be used.
+    """
+    for key in arguments:
+        if key not in REMOTE:
+            near = difflib.get_close_matches(key, REMOTE, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"These may: {', '.join(sorted(REMOTE))}."
+            raise ConfigError(f"order: '{key}' may not be changed from afar. {hint}")
+    return build_config(_overlay(msgspec.to_builtins(config), arguments), EdgeConfig, where="order")
+
+
+def _remote_path(config: EdgeConfig) -> Path:
+    return Path(config.device.state_dir) / "remote.json"
+
+
+def _read_remote(path: Path) -> dict[str, Any]:
+    try:
+        values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: {error}. Remove it to go back to the configuration file.") from error
+    return {key: value for key, value in values.items() if key in REMOTE}
+
+
+def _overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with each change set at its dotted key."""
+    result = dict(values)
+    for key, value in changes.items():
+        table, _, rest = key.partition(".")
+        result[table] = _overlay(result.get(table) or {}, {rest: value}) if rest else value
+    return result
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text

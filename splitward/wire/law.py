@@ -1,0 +1,48 @@
+"""The law by which a bundle's activation is released. Without numpy, so that who only reads it stays small."""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+SECRET_BYTES = 32
+"""Length of the device's secret, which keys the noise."""
+NOISE_REACH = 3.0
+"""Standard deviations of the noise that the released range covers beyond the bound."""
+_FLOAT32 = struct.Struct("<f")
+
+
+class ReleaseLaw(msgspec.Struct, frozen=True):
+    """How a bundle's activation is released; part of the signed manifest.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the activation, without a batch axis.
+    dtype : "float32" or "int8"
+        float32 releases the activation as it is (`none`, `psgl`); int8 seals it.
+    bound : float
+        The graph keeps every value within [-bound, bound] (int8 only).
+    sigma : float
+        Standard deviation of the noise, in the activation's units.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int8"]
+    bound: float = 1.0
+    sigma: float = 0.0
+
+    @property
+    def grid(self) -> float:
+        """Step of the grid on which the clean activation is keyed."""
+        return self.bound / 127
+
+    @property
+    def scale(self) -> float:
+        """Step of the released int8 values."""
+        if self.dtype != "int8":
+            return 1.0
+        (nearest,) = _FLOAT32.unpack(_FLOAT32.pack((self.bound + NOISE_REACH * self.sigma) / 127))
+        return float(nearest)

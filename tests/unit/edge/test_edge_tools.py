@@ -1,0 +1,170 @@
+"""`edge check`, `bench`, `diagnostics` and `model`, as an engineer runs them; the units that start the agent."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import shutil
+import subprocess
+import tarfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.cli import main
+from edge.settings import load_settings
+from firmware_sim.broker import Broker
+
+UNITS = Path(str(files("edge"))) / "systemd"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_bundle: Any, monkeypatch: Any) -> Path:
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PASSWORD", "hunter2")
+    path = tmp_path / "edge.toml"
+    path.write_text(
+        f"""
+        [device]
+        bundle = "{tiny_bundle.path}"
+        trusted_key = "{tiny_bundle.trusted_key}"
+        state_dir = "{tmp_path}/state"
+        [capture]
+        kind = "folder"
+        path = "{tmp_path}"
+        [health]
+        log_file = "{tmp_path}/edge.log"
+        """
+    )
+    return path
+
+
+def test_check_finds_a_sound_board_sound(
+    settings: Path, mosquitto: Broker, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", str(mosquitto.port))
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__USERNAME", "anybody")
+    assert main(["check", "--config", str(settings), "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert {
+        "clock",
+        "processor",
+        "memory",
+        "disk",
+        "secret",
+        "spool",
+        "bundle",
+        "tls",
+        "source",
+        "broker",
+    } <= set(found)
+    assert "golden input agrees" in found["bundle"]["detail"]
+    assert "Success" in found["broker"]["detail"]
+
+
+def test_check_says_what_is_wrong_and_fails(
+    settings: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", "1")
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("SPLITWARD_EDGE__RUNTIME__PROVIDERS", '["tensorrt"]')
+    assert main(["check", "--config", str(settings)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = {line.split()[1]: line for line in lines if line.startswith("fail")}
+    assert set(failed) == {"bundle", "source", "broker"}
+    assert "TensorrtExecutionProvider" in failed["bundle"]
+    assert "127.0.0.1:1" in failed["broker"]
+    monkeypatch.delenv("SPLITWARD_EDGE__RUNTIME__PROVIDERS")
+    assert main(["check", "--config", str(settings), "--quick"]) == 0
+
+
+def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -> None:
+    assert main(["bench", "--config", str(settings), "--frames", "30", "--json", "--choose"]) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert [one["variant"] for one in report["variants"]] == [
+        "onnx-float32",
+        "onnx-int8",
+        "tflite-float32",
+        "tflite-int8",
+    ]
+    for one in report["variants"]:
+        assert one["error"] == ""
+        assert 0 < one["runtime_us_p50"] <= one["runtime_us_p99"]
+        assert one["rss_mb"] > 10
+        assert one["message_bytes"] > 128
+    best = min(report["variants"], key=lambda one: one["runtime_us_p50"])
+    chosen = load_settings(settings).runtime
+    assert f"{chosen.backend}-{chosen.precision}" == best["variant"]
+    assert best["variant"] in said.err
+
+
+def test_diagnostics_hold_no_secret(settings: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "edge.log").write_text('{"message": "a line"}\n')
+    assert main(["diagnostics", "--config", str(settings), "--out", str(tmp_path / "out")]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    with tarfile.open(path) as archive:
+        parts = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    assert set(parts) == {
+        "check.json",
+        "config.json",
+        "models.json",
+        "spool.json",
+        "system.json",
+        "logs/edge.log",
+    }
+    whole = b"".join(parts.values())
+    assert b"hunter2" not in whole
+    assert (tmp_path / "state" / "secret").read_bytes() not in whole
+    assert json.loads(parts["config.json"])["broker"]["password"] == "(secret)"
+
+
+def test_a_bundle_is_installed_and_rolled_back_by_hand(
+    settings: Path, tmp_path: Path, tiny_bundle: Any, capsys: Any
+) -> None:
+    second = tiny_bundle.rewrite(tmp_path / "second.bundle", name="second", created_at="2026-03-01T00:00:00Z")
+    old = tiny_bundle.rewrite(tmp_path / "old.bundle", name="old", created_at="2020-01-01T00:00:00Z")
+    asked = ["--config", str(settings)]
+    assert main(["model", "install", *asked, str(second.path)]) == 0
+    assert "second" in capsys.readouterr().out
+    assert main(["model", "install", *asked, str(old.path)]) == 2
+    assert "refused: older" in capsys.readouterr().err
+    assert main(["model", "install", *asked, "--allow-older", str(old.path)]) == 0
+    capsys.readouterr()
+    assert main(["model", "list", *asked, "--json"]) == 0
+    assert sorted(one["state"] for one in json.loads(capsys.readouterr().out)) == [
+        "installed",
+        "previous",
+        "trial",
+    ]
+    assert main(["model", "rollback", *asked]) == 0
+    assert main(["model", "rollback", *asked]) == 0
+    assert "the configured bundle" in capsys.readouterr().out
+    (tmp_path / "no.bundle").write_bytes(b"nothing")
+    assert main(["model", "install", *asked, str(tmp_path / "no.bundle")]) == 2
+    assert "refused: unreadable" in capsys.readouterr().err
+
+
+def test_the_units_are_hardened_and_start_the_agent() -> None:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keys keep their capitals
+    parser.read(UNITS / "splitward-edge.service")
+    service = dict(parser["Service"])
+    assert service["Type"] == "notify"
+    assert service["ExecStart"].split()[1:4] == ["-m", "edge", "run"]
+    assert (service["NoNewPrivileges"], service["ProtectSystem"], service["User"]) == (
+        "yes",
+        "strict",
+        "splitward",
+    )
+    assert service["CapabilityBoundingSet"] == ""
+    assert int(service["WatchdogSec"]) > 0
+    if shutil.which("systemd-analyze"):  # what else would read them is not on every machine
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(UNITS / "splitward-edge.service")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Unknown" not in done.stderr
