@@ -5,7 +5,10 @@ SplitwardError
       ├── CaptureError   the source of frames cannot be opened
       ├── BackendError   the runtime is missing, or refuses a graph or a frame
       ├── SpoolError     the spool cannot be opened or written
-      └── LinkError      the connection to the broker cannot be set up
+      ├── LinkError      the connection to the broker cannot be set up
+      ├── SlotError      the boot partition does not say which slot starts
+      ├── UpdateError    a system update cannot be fetched or installed
+      └── InstallError   the agent cannot be installed on this system
 
 A bundle that is refused raises `splitward.errors.BundleError`, whose `.reason` is a stable code.
 """
@@ -33,3 +36,15 @@ class SpoolError(EdgeError):
 
 class LinkError(EdgeError):
     """The connection to the broker cannot be set up."""
+
+
+class SlotError(EdgeError):
+    """The boot partition does not say which slot starts."""
+
+
+class UpdateError(EdgeError):
+    """A system update cannot be fetched or installed."""
+
+
+class InstallError(EdgeError):
+    """The agent cannot be installed on this system."""

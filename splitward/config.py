@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -37,6 +38,26 @@ def read_config(path: Path, kind: type[T]) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}.") from error
     return build_config(values, kind, where=str(path))
+
+
+def format_toml(tables: dict[str, Any]) -> str:
+    """Plain `tables` as TOML. JSON's strings, numbers and booleans are TOML's; a value of None is left out."""
+    lines: list[str] = []
+
+    def write(table: str, values: dict[str, Any]) -> None:
+        nested = {key: value for key, value in values.items() if isinstance(value, dict)}
+        if table:
+            lines.append(f"[{table}]")
+        lines.extend(
+            f"{key} = {json.dumps(value)}"
+            for key, value in values.items()
+            if value is not None and key not in nested
+        )
+        for key, value in nested.items():
+            write(f"{table}.{key}" if table else key, value)
+
+    write("", tables)
+    return "\n".join(lines) + "\n"
 
 
 def build_config(values: dict[str, Any], kind: type[T], where: str) -> T:
