@@ -18,6 +18,7 @@ HOLD_S = 5.0
 """A broker that refuses the device closes the connection sooner."""
 DEADLINE_S = 900.0
 POLL_S = 1.0
+TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _ESTABLISHED = "01"
 
 
@@ -25,7 +26,7 @@ def connections(port: int, user: int, tables: tuple[Path, ...]) -> frozenset[str
     """Inodes of the established connections of `user` to `port`, in tables such as /proc/net/tcp."""
     found = set()
     for table in tables:
-        for line in table.read_text().splitlines()[1:]:
+        for line in table.read_text().splitlines()[1:] if table.exists() else []:
             fields = line.split()
             remote_port = int(fields[2].rpartition(":")[2], 16)
             if fields[3] == _ESTABLISHED and remote_port == port and int(fields[7]) == user:
@@ -65,8 +66,7 @@ def main() -> int:
     loader = find_loader()
     if not loader.on_trial(current_slot()):
         return 0
-    tables = tuple(path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists())
-    if settle(loader, wait_for_checkin(_broker_port(), AGENT_ID, tables, DEADLINE_S)):
+    if settle(loader, wait_for_checkin(_broker_port(), AGENT_ID, TABLES, DEADLINE_S)):
         subprocess.run(["systemctl", "reboot"], check=False)
     return 0
 

@@ -33,7 +33,7 @@ GROUPS = {
     ).split(),
     # What makes it a system that boots, is reached, updates itself and says what time it is.
     "system": (
-        "systemd systemd-sysv systemd-timesyncd systemd-resolved udev kmod dbus iproute2 openssh-server rauc "
+        "systemd systemd-sysv systemd-timesyncd systemd-resolved udev kmod dbus iproute2 openssh-server rauc rauc-service "
         "e2fsprogs dosfstools fdisk mount procps gzip tar hostname wpasupplicant wireless-regdb login"
     ).split(),
     # Unpacked beside the root: parts of it go to the boot partition.

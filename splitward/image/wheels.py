@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitward.errors import ImageError
+from splitward.image.prune import is_dropped
 
 LOCK = Path(__file__).with_name("python.lock")
 SOURCE = Path(__file__).resolve().parents[2]
@@ -24,16 +24,6 @@ TOP_LEVEL = (
     *("cryptography", "pydicom"),
 )
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
-DROPPED = (
-    # GPU acceleration over WebGPU, conversion and training tools, tests, headers, type stubs.
-    "ai_edge_litert/libLiteRtWebGpuAccelerator.so",
-    *("ai_edge_litert/tools/*", "ai_edge_litert/aot/*", "ai_edge_litert/vendors/*"),
-    *("onnxruntime/transformers/*", "onnxruntime/quantization/*", "onnxruntime/tools/*"),
-    *("onnxruntime/datasets/*", "onnxruntime/backend/*", "numpy/f2py/*", "numpy/distutils/*"),
-    *("numpy/_core/include/*", "cv2/data/*", "cv2/gapi/*", "cv2/utils/*.pyi", "tqdm/*", "tqdm-*/*"),
-    *("pydicom/data/test_files/*", "pydicom/data/charset_files/*", "pydicom/data/palettes/*"),
-    *("*/tests/*", "*/testing/tests/*", "*.pyi", "*.pxd", "*.a", "*/ThirdPartyNotices.txt"),
-)
 AGENT = (
     *("edge", "splitward/wire", "splitward/imaging"),
     *("splitward/__init__.py", "splitward/config.py", "splitward/errors.py", "splitward/py.typed"),
@@ -113,11 +103,11 @@ def _download(folder: Path, words: Sequence[str]) -> None:
 
 
 def unpack(wheels: Sequence[Path], target: Path) -> None:
-    """Unpack `wheels` into the folder `target`, without `DROPPED`."""
+    """Unpack `wheels` into the folder `target`, without what a device never loads."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
-                if not entry.is_dir() and not any(fnmatch.fnmatch(entry.filename, one) for one in DROPPED):
+                if not entry.is_dir() and not is_dropped(entry.filename):
                     archive.extract(entry, target)
 
 
