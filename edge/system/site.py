@@ -52,10 +52,20 @@ class NetworkConfig(Struct, frozen=True, kw_only=True):
 
 
 class UpdateConfig(Struct, frozen=True, kw_only=True):
-    """`[update]`: folder of images, an HTTPS address; without it the device never looks for one."""
+    """`[update]`: folder of images, an HTTPS address; without it the device never looks for one.
+
+    Attributes
+    ----------
+    ca : str or None
+        Authority of that address, a PEM file; the public ones by default. It protects the fetch only: what may be
+        installed is decided by the bundle's own signature.
+    every_s : float
+        Period of looking.
+    """
 
     url: Annotated[str, Meta(pattern=r"^https?://")]
     ca: str | None = None
+    every_s: Annotated[float, Meta(ge=1)] = 3600.0
 
 
 class SiteConfig(Struct, frozen=True, kw_only=True):
@@ -177,7 +187,8 @@ def _wifi_file(wifi: WifiConfig) -> str:
 
 
 def _plain(config: UpdateConfig) -> dict[str, Any]:
-    return {key: value for key, value in (("url", config.url), ("ca", config.ca)) if value is not None}
+    values = {"url": config.url, "ca": config.ca, "every_s": config.every_s}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write(path: Path, text: str, mode: int = 0o644) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import random
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -116,28 +118,44 @@ def running_version(path: Path = RELEASE) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def main() -> int:
-    """Look once; 0 when there is nothing to do or the device is about to restart."""
-    config = read_config(Path("/etc/splitward/update.toml"), UpdateConfig)
+def look(config: UpdateConfig) -> bool:
+    """Look once, and install what is newer; whether the device must restart.
+
+    Raises
+    ------
+    UpdateError
+        It cannot be fetched or installed; nothing that runs has changed.
+    """
     tried = FOLDER / "tried"
-    try:
-        release = fetch_release(config)
-        if release.version == running_version():
-            return 0
-        if tried.exists() and tried.read_text(encoding="utf-8") == release.version:
-            print(f"{release.version} was tried and did not check in; waiting for another one")
-            return 0
-        bundle = fetch_bundle(config, release, FOLDER)
-        print(f"{release.version} is fetched; installing")
-        install(bundle, release)
-    except SplitwardError as error:
-        print(f"system update: {error}", file=sys.stderr)
-        return 1
+    release = fetch_release(config)
+    if release.version == running_version():
+        return False
+    if tried.exists() and tried.read_text(encoding="utf-8") == release.version:
+        return False  # it was installed once and has not checked in: it waits for a newer one
+    bundle = fetch_bundle(config, release, FOLDER)
+    print(f"{release.version} is fetched; installing", flush=True)
+    install(bundle, release)
     # Noted only now: a power cut during the installation must not count as a failed trial.
     tried.write_text(release.version, encoding="utf-8")
     os.sync()
     bundle.unlink()
-    print(f"{release.version} is installed; restarting")
+    print(f"{release.version} is installed; restarting", flush=True)
+    return True
+
+
+def main() -> int:
+    """Look again and again, until there is something to restart into."""
+    config = read_config(Path("/etc/splitward/update.toml"), UpdateConfig)
+    print(f"image {running_version()}; looking for a newer one at {config.url}", flush=True)
+    while True:
+        # A fleet that was switched on together does not ask together.
+        time.sleep(min(config.every_s, 300.0) * random.uniform(0.1, 1.0))  # noqa: S311  # no secret
+        try:
+            if look(config):
+                break
+        except SplitwardError as error:
+            print(f"system update: {error}", file=sys.stderr, flush=True)
+        time.sleep(max(0.0, config.every_s - 300.0))
     words = ["--reboot-argument=0 tryboot"] if isinstance(find_loader(BOOT), Tryboot) else []
     subprocess.run(["systemctl", "reboot", *words], check=False)
     return 0

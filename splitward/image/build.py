@@ -148,7 +148,7 @@ def unpack_root(
 
 def pack_root(root: Path, target: Path, epoch: int) -> None:
     """Pack the folder `root` into the squashfs file `target`."""
-    command = ["mksquashfs", str(root), str(target), "-comp", "zstd", "-Xcompression-level", "15", "-b", "256K"]
+    command = ["mksquashfs", str(root), str(target), "-comp", "zstd", "-Xcompression-level", "9", "-b", "256K"]
     command += ["-noappend", "-no-progress", "-no-xattrs", "-quiet", "-mkfs-time", str(epoch), "-all-time", str(epoch)]
     _run(command, "squashfs-tools")
 

@@ -10,6 +10,7 @@ DROPPED = (
     # GPU acceleration over WebGPU, conversion and training tools, tests, headers, type stubs.
     "ai_edge_litert/libLiteRtWebGpuAccelerator.so",
     *("ai_edge_litert/tools/*", "ai_edge_litert/aot/*", "ai_edge_litert/vendors/*"),
+    "onnxruntime/capi/libonnxruntime.so*",  # for C programs; the Python module holds its own
     *("onnxruntime/transformers/*", "onnxruntime/quantization/*", "onnxruntime/tools/*"),
     *("onnxruntime/datasets/*", "onnxruntime/backend/*", "numpy/f2py/*", "numpy/distutils/*"),
     *("numpy/_core/include/*", "cv2/data/*", "cv2/gapi/*", "cv2/utils/*.pyi", "tqdm/*", "tqdm-*/*"),

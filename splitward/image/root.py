@@ -23,16 +23,16 @@ _ACCOUNTS = (
     ("systemd-timesync", 996, "/"),
     (AGENT_USER, 900, "/var/lib/splitward"),
 )
-_GROUPS = (("systemd-journal", 995), ("render", 994), ("sgx", 993), ("kvm", 992), ("crontab", 989), ("input", 988))
+_GROUPS = (("systemd-journal", 995), ("render", 994), ("sgx", 993), ("kvm", 992), ("crontab", 989), ("input", 988), ("netdev", 987))
 _AGENT_GROUPS = ("video",)
 """The camera's."""
 _ENABLED = {
     "multi-user.target.wants": (
         *("ssh.service", "splitward-edge.service", "splitward-checkin.service", "splitward-ssh-key.service"),
+        "splitward-update.service",
         *("systemd-networkd.service", "rauc.service"),
     ),
     "sysinit.target.wants": ("splitward-site.service", "systemd-timesyncd.service", "systemd-resolved.service"),
-    "timers.target.wants": ("splitward-update.timer",),
 }
 _MASKED = (
     # Nobody can log in at a console that knows no password; nothing here is Debian's to renew by itself.
@@ -70,6 +70,8 @@ def finish_root(root: Path, wheels: list[Path], with_agent: bool = True, name: s
         python.symlink_to(f"python{PYTHON}")
     for folder in ("proc", "sys", "dev", "run", "tmp", "data", "root", "var/tmp", "var/lib/splitward", "boot/firmware"):
         (root / folder).mkdir(parents=True, exist_ok=True)
+    _link(root / "var/run", "/run")
+    _link(root / "var/lock", "/run/lock")
     for folder in ("tmp", "var/tmp"):
         (root / folder).chmod(0o1777)
     (root / "root").chmod(0o700)
@@ -96,6 +98,8 @@ def finish_system(root: Path) -> None:
     _link(units / "dbus.service", "/usr/lib/systemd/system/dbus.service")
     _link(root / "etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf")
     _link(root / "etc/localtime", "/usr/share/zoneinfo/Etc/UTC")
+    for name in ("regulatory.db", "regulatory.db.p7s"):
+        _link(root / "usr/lib/firmware" / name, f"{name}-debian")
     _write(root / "etc/machine-id", "")
     (root / "etc/splitward").mkdir(exist_ok=True)
     (root / "var/lib/systemd/timesync").mkdir(parents=True, exist_ok=True)
@@ -170,6 +174,8 @@ def settle(root: Path, epoch: int) -> None:
 
 def _link(path: Path, target: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.symlink_to(target)
 

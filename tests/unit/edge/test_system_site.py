@@ -52,7 +52,10 @@ def test_a_whole_site_becomes_files(tmp_path: Path) -> None:
     assert "DHCP=no" in read("etc/systemd/network/70-site.network")
     assert 'psk="correct horse"' in read("etc/wpa_supplicant/wpa_supplicant-wlan0.conf")
     assert (tmp_path / "root/etc/wpa_supplicant/wpa_supplicant-wlan0.conf").stat().st_mode & 0o777 == 0o600
-    assert tomllib.loads(read("etc/splitward/update.toml")) == {"url": "https://images.example.org/ward"}
+    assert tomllib.loads(read("etc/splitward/update.toml")) == {
+        "url": "https://images.example.org/ward",
+        "every_s": 3600.0,
+    }
     agent = read_config(tmp_path / "root/etc/splitward/edge.toml", EdgeConfig)
     assert agent.device.id == "ward-3"
     assert agent.device.state_dir == "/var/lib/splitward"
