@@ -110,7 +110,7 @@ def install(bundle: Path, release: Release) -> None:
     """Have RAUC write the other slot and put it on trial; `UpdateError` when it refuses."""
     done = subprocess.run(["rauc", "install", str(bundle)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UpdateError(f"{release.version} is not installed: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise UpdateError(f"{release.version} is not installed: {(done.stdout + done.stderr).strip()[-500:]}")
 
 
 def running_version(path: Path = RELEASE) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import io
+import os
 import shutil
 import stat
 import subprocess
@@ -58,20 +59,48 @@ def prune_modules(root: Path) -> str:
     versions = sorted(path.name for path in (root / "usr/lib/modules").glob("*"))
     if len(versions) != 1:
         raise ImageError(f"the kernel's package holds {versions or 'no modules'}, not those of one kernel.")
-    tree = root / "usr/lib/modules" / versions[0] / "kernel"
-    for path in sorted(tree.rglob("*.ko*")):
-        name = path.relative_to(tree).as_posix()
-        kept = any(fnmatch.fnmatch(name, one) for one in KEPT)
-        if not kept or any(fnmatch.fnmatch(name, one) for one in LEFT_OUT):
-            path.unlink()
-    for folder in sorted((path for path in tree.rglob("*") if path.is_dir()), reverse=True):
+    modules = root / "usr/lib/modules" / versions[0]
+    _index(root, versions[0])
+    needs = _read_needs(modules)
+    wanted = [name for name in needs if _is_kept(name.removeprefix("kernel/"))]
+    kept = set()
+    while wanted:  # and what those need, wherever it lies
+        name = wanted.pop()
+        if name not in kept:
+            kept.add(name)
+            wanted += needs[name]
+    for name in set(needs) - kept:
+        (modules / name).unlink()
+    for folder in sorted((path for path in modules.rglob("*") if path.is_dir()), reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()
+    _index(root, versions[0])
+    return versions[0]
+
+
+def _is_kept(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, one) for one in KEPT) and not any(
+        fnmatch.fnmatch(name, one) for one in LEFT_OUT
+    )
+
+
+def _index(root: Path, version: str) -> None:
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
-        subprocess.run(["depmod", "-b", str(root), versions[0]], check=True, capture_output=True)
+        subprocess.run(
+            ["depmod", "-b", str(root), version], check=True, capture_output=True, env=dict(os.environ, PATH=path)
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ImageError(f"depmod: {error}. Install kmod.") from error
-    return versions[0]
+
+
+def _read_needs(modules: Path) -> dict[str, list[str]]:
+    """Modules that each module needs, by path below `modules`."""
+    found = {}
+    for line in (modules / "modules.dep").read_text().splitlines():
+        path, _, rest = line.partition(":")
+        found[path] = rest.split()
+    return found
 
 
 def build_ramdisk(root: Path, busybox: Path, version: str, epoch: int) -> bytes:
@@ -128,11 +157,8 @@ DEVICE_TREES = {
 
 def _closure(modules: Path, names: tuple[str, ...]) -> list[str]:
     """Files of the modules `names` and of what they need, needed ones first; those built in are passed over."""
-    needs, files = {}, {}
-    for line in (modules / "modules.dep").read_text().splitlines():
-        path, _, rest = line.partition(":")
-        needs[path] = rest.split()
-        files[Path(path).name.split(".")[0].replace("-", "_")] = path
+    needs = _read_needs(modules)
+    files = {Path(path).name.split(".")[0].replace("-", "_"): path for path in needs}
     softly = {"ext4": ("crc32c_generic",), "virtio_blk": ("virtio_pci",)}
     order: list[str] = []
 
