@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after an error that it explains on standard error."""
     options = _parser().parse_args(arguments)
+    if options.command in ("install", "uninstall"):
+        return _install(options)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edge", description="The device agent of Splitward.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     run = commands.add_parser("run", help="capture frames, release them, collect results; SIGTERM ends it")
     run.add_argument("--config", type=Path, metavar="FILE", help="edge.toml; without it, the demo's settings")
     run.add_argument(
@@ -48,7 +51,35 @@ def _parser() -> argparse.ArgumentParser:
         help="end when the source has no more frames and every frame is answered",
     )
     run.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    _add_install(commands)
     return parser
+
+
+def _add_install(commands: Any) -> None:
+    install = commands.add_parser("install", help="set the agent up on this Debian or Ubuntu system; as root")
+    install.add_argument(
+        "--package", default="splitward[edge,edge-tflite]", help="wheel, folder or requirement for pip"
+    )
+    install.add_argument("--pip", action="append", default=[], metavar="ARGUMENT", help="given to pip as it is")
+    install.add_argument(
+        "--system-packages", action="store_true", help="see the system's Python packages, such as JetPack's"
+    )
+    uninstall = commands.add_parser("uninstall", help="remove what install has set up; as root")
+    uninstall.add_argument("--purge", action="store_true", help="and configuration, spool, keys and user")
+
+
+def _install(options: argparse.Namespace) -> int:
+    from edge.install import InstallSettings, install, uninstall
+
+    try:
+        if options.command == "install":
+            install(InstallSettings(options.package, tuple(options.pip), options.system_packages), print)
+        else:
+            uninstall(options.purge, print)
+    except SplitwardError as error:
+        print(f"edge: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _stop_on_signal() -> threading.Event:

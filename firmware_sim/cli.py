@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from firmware_sim.arm64.cli import add_arm64
 from firmware_sim.fleet import FleetConfig, format_report, run_fleet
 from splitward.config import build_config, read_config
 from splitward.errors import SplitwardError
@@ -18,6 +19,8 @@ from splitward.errors import SplitwardError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when nothing was lost and nothing came twice, else 1; 2 after an error."""
     options = vars(_parser().parse_args(arguments))
+    if (run := options.pop("run", None)) is not None:
+        return int(run(options))
     source, out = options.pop("config"), options.pop("out")
     try:
         config = FleetConfig() if source is None else read_config(source, FleetConfig)
@@ -56,4 +59,5 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--host", metavar="HOST")
     fleet.add_argument("--port", type=int, metavar="PORT")
     fleet.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    add_arm64(commands)
     return parser

@@ -165,7 +165,9 @@ def main(arguments: list[str]) -> int:
     taken = take_imports(boot, Path("/var/lib/splitward"))
     if site.network.wifi is not None:
         subprocess.run(["systemctl", "--no-block", "start", "wpa_supplicant@wlan0.service"], check=False)
-    print(f"site.toml applied: {site.hostname}, {len(site.ssh_keys)} SSH keys, imported: {', '.join(taken) or 'nothing'}")
+    print(
+        f"site.toml applied: {site.hostname}, {len(site.ssh_keys)} SSH keys, imported: {', '.join(taken) or 'nothing'}"
+    )
     return 0
 
 
@@ -174,14 +176,16 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 def _network_file(network: NetworkConfig) -> str:
     lines = ["[Match]", "Type=ether wlan", "", "[Network]", f"DHCP={'no' if network.address else 'yes'}"]
-    lines += [f"{key}={value}" for key, value in (("Address", network.address), ("Gateway", network.gateway)) if value]
+    lines += [
+        f"{key}={value}" for key, value in (("Address", network.address), ("Gateway", network.gateway)) if value
+    ]
     lines += [f"DNS={one}" for one in network.dns] + [f"NTP={one}" for one in network.ntp]
     return "\n".join(lines) + "\n"
 
 
 def _wifi_file(wifi: WifiConfig) -> str:
     return (
-        f"country={wifi.country}\nnetwork={{\n    ssid=\"{wifi.name}\"\n    psk=\"{wifi.passphrase}\"\n"
+        f'country={wifi.country}\nnetwork={{\n    ssid="{wifi.name}"\n    psk="{wifi.passphrase}"\n'
         "    key_mgmt=WPA-PSK SAE\n    ieee80211w=1\n}\n"
     )
 

@@ -93,7 +93,9 @@ class SystemdBoot:
 
     def _paths(self, slot: Slot) -> list[Path]:
         return sorted(
-            path for path in self._folder.glob("*.conf") if (found := _ENTRY.match(path.name)) and found[1] == slot
+            path
+            for path in self._folder.glob("*.conf")
+            if (found := _ENTRY.match(path.name)) and found[1] == slot
         )
 
     def _entries(self) -> list[tuple[Slot, int | None, int]]:

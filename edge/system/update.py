@@ -51,7 +51,9 @@ def fetch_release(config: UpdateConfig) -> Release:
     try:
         return msgspec.json.decode(data, type=Release)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise UpdateError(f"{config.url}/update.json: {error}. Publish the one that the build wrote.") from error
+        raise UpdateError(
+            f"{config.url}/update.json: {error}. Publish the one that the build wrote."
+        ) from error
 
 
 def fetch_bundle(config: UpdateConfig, release: Release, folder: Path) -> Path:

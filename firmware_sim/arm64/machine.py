@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -27,7 +28,11 @@ _OPTIONS = "splitward.disk=53504c54 splitward.slot=a rauc.slot=a panic=10"
 
 def missing_tools() -> str | None:
     """What emulating machines lacks on this machine, for people; None when nothing."""
-    for program, package in (("qemu-system-aarch64", "qemu-system-arm"), ("qemu-img", "qemu-utils"), ("mcopy", "mtools")):
+    for program, package in (
+        ("qemu-system-aarch64", "qemu-system-arm"),
+        ("qemu-img", "qemu-utils"),
+        ("mcopy", "mtools"),
+    ):
         if shutil.which(program) is None:
             return f"{program}: apt install {package}"
     return None if UEFI.exists() else f"{UEFI}: apt install qemu-efi-aarch64"
@@ -92,7 +97,9 @@ class Machine:
         said = self._folder / "qemu.log"
         self._monitor.unlink(missing_ok=True)
         with said.open("ab") as output:
-            self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            self._process = subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
 
     def cut_power(self) -> None:
         """End it between two instructions."""
@@ -105,10 +112,8 @@ class Machine:
         """Press the power button; after `STOP_S` cut the power."""
         if self.running and self._process is not None:
             self._say("system_powerdown")
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                pass
         self.cut_power()
 
     def connect(self, up: bool) -> None:
@@ -149,7 +154,15 @@ class Machine:
         direct = ["-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.gz")]
         if self.kind == "raspi3b":
             options = f"{_OPTIONS} console=ttyAMA0,115200 console=ttyS1,115200"
-            command += ["-M", "raspi3b", *direct, "-dtb", str(folder / "bcm2837-rpi-3-b.dtb"), "-append", options]
+            command += [
+                "-M",
+                "raspi3b",
+                *direct,
+                "-dtb",
+                str(folder / "bcm2837-rpi-3-b.dtb"),
+                "-append",
+                options,
+            ]
             command += ["-serial", f"file:{folder / 'serial-1.log'}", "-drive", f"if=sd,{disk}"]
             return [*command, "-device", "usb-net,netdev=net,id=net0"]
         command += ["-M", "virt", "-cpu", "cortex-a72", "-smp", "2", "-m", "1024", "-device", "virtio-rng-pci"]

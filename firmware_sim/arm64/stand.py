@@ -123,11 +123,17 @@ class Listener:
             heard = self._statuses.get(device, [])
             return heard[-1].results if heard else 0
 
-    def status(self, device: str) -> Status | None:
-        """Last status of `device`."""
+    def is_online(self, device: str) -> bool:
+        """Whether `device` says that it is connected."""
         with self._lock:
             heard = self._statuses.get(device)
-            return heard[-1] if heard else None
+            return bool(heard) and heard[-1].state == "online"
+
+    def is_idle(self, device: str) -> bool:
+        """Whether `device` is connected and nothing waits in its spool."""
+        with self._lock:
+            heard = self._statuses.get(device)
+            return bool(heard) and heard[-1].state == "online" and heard[-1].queued == 0
 
     def results(self, device: str) -> set[tuple[str, int]]:
         """Boot and sequence of every result that went to `device`."""
@@ -188,7 +194,10 @@ class Stand:
 
     def start_cloud(self, card: Path) -> None:
         """Start the cloud with the server half at `card`, and wait until it is ready."""
-        tls = {name: str(self.folder / file) for name, file in (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))}
+        tls = {
+            name: str(self.folder / file)
+            for name, file in (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))
+        }
         lines = [f"models = {json.dumps([str(card)])}", "[broker]", f"port = {self.port}", "[broker.tls]"]
         lines += [f"{name} = {json.dumps(path)}" for name, path in tls.items()]
         lines += ["[api]", f"port = {self.api_port}", "[store]"]
@@ -201,7 +210,9 @@ class Stand:
     def stored(self) -> set[tuple[str, int]]:
         """Boot and sequence of the device's results in the cloud's store."""
         with sqlite3.connect(f"file:{self.folder}/cloud.db?mode=ro", uri=True) as database:
-            rows = database.execute("SELECT boot, sequence FROM results WHERE device = ?", (self.device,)).fetchall()
+            rows = database.execute(
+                "SELECT boot, sequence FROM results WHERE device = ?", (self.device,)
+            ).fetchall()
         return {(boot, sequence) for boot, sequence in rows}
 
     def credentials(self) -> dict[str, Path]:

@@ -50,9 +50,7 @@ def register() -> None:
         return
     try:
         if not (BINFMT / "register").exists():
-            subprocess.run(
-                ["mount", "-t", "binfmt_misc", "none", str(BINFMT)], check=True, capture_output=True
-            )
+            subprocess.run(["mount", "-t", "binfmt_misc", "none", str(BINFMT)], check=True, capture_output=True)
         if not (BINFMT / "qemu-aarch64").exists():
             (BINFMT / "register").write_bytes(_registration())
     except (OSError, subprocess.CalledProcessError) as error:
@@ -111,7 +109,12 @@ def run_in_root(
     info = root.with_name(f"{root.name}.cpuinfo-{board}")
     info.write_text(cpuinfo(board))
     steps = [f"mount --bind {shlex.quote(str(root))} {shlex.quote(str(root))}", f"cd {shlex.quote(str(root))}"]
-    steps += ["mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys", f"mount --bind {shlex.quote(str(info))} proc/cpuinfo"]
+    steps += [
+        "mount -t proc proc proc",
+        "mount --rbind /dev dev",
+        "mount --rbind /sys sys",
+        f"mount --bind {shlex.quote(str(info))} proc/cpuinfo",
+    ]
     steps += ["mount -t tmpfs tmpfs tmp"]
     for source, target in (binds or {}).items():
         inside = shlex.quote(str(root / target.lstrip("/")))
@@ -125,4 +128,6 @@ def run_in_root(
     try:
         return subprocess.run(whole, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise EmulationError(f"{shlex.join(command)} did not end within {timeout_s} s under qemu-user.") from error
+        raise EmulationError(
+            f"{shlex.join(command)} did not end within {timeout_s} s under qemu-user."
+        ) from error

@@ -149,7 +149,16 @@ def unpack_root(
 def pack_root(root: Path, target: Path, epoch: int) -> None:
     """Pack the folder `root` into the squashfs file `target`."""
     command = ["mksquashfs", str(root), str(target), "-comp", "zstd", "-Xcompression-level", "9", "-b", "256K"]
-    command += ["-noappend", "-no-progress", "-no-xattrs", "-quiet", "-mkfs-time", str(epoch), "-all-time", str(epoch)]
+    command += [
+        "-noappend",
+        "-no-progress",
+        "-no-xattrs",
+        "-quiet",
+        "-mkfs-time",
+        str(epoch),
+        "-all-time",
+        str(epoch),
+    ]
     _run(command, "squashfs-tools")
 
 
@@ -174,6 +183,7 @@ def _release(settings: ImageSettings) -> str:
     """Version of the image: ours, and a digest of everything that goes into a slot."""
     digest = hashlib.sha256(settings.board.encode())
     sources = [debian.LOCK, wheels.LOCK, settings.bundle, *sorted(FILES.rglob("*"))]
+    sources += sorted(Path(__file__).parent.glob("*.py"))
     for name in wheels.AGENT:
         sources += sorted((wheels.SOURCE / name).rglob("*.py")) or [wheels.SOURCE / name]
     for path in sources:
@@ -268,7 +278,9 @@ def _make_update(settings: ImageSettings, squashed: Path, version: str, folder: 
         "size": bundle.stat().st_size,
         "sha256": digest,
     }
-    settings.out.with_name("update.json").write_bytes(msgspec.json.format(msgspec.json.encode(release), indent=2))
+    settings.out.with_name("update.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(release), indent=2)
+    )
 
 
 def _run(command: list[str], package: str) -> None:

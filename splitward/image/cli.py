@@ -25,7 +25,9 @@ def add_image(commands: Any) -> None:
     build.add_argument("--config", type=Path, required=True, metavar="site.toml")
     build.add_argument("--bundle", type=Path, required=True, help="what the device starts with")
     build.add_argument("--out", type=Path, required=True, metavar="NAME.img.zst", help="or NAME.img")
-    build.add_argument("--key", type=Path, default=DEFAULT_KEY, help="signing key of the bundle and the checksum")
+    build.add_argument(
+        "--key", type=Path, default=DEFAULT_KEY, help="signing key of the bundle and the checksum"
+    )
     build.add_argument("--update-certificate", type=Path, help="that the device trusts system updates by")
     build.add_argument("--update-key", type=Path, help="makes NAME.raucb and update.json as well")
     _add_sources(build)
@@ -40,7 +42,9 @@ def add_image(commands: Any) -> None:
     keygen.add_argument("folder", type=Path)
     keygen.set_defaults(run=_keygen)
 
-    lock = words.add_parser("lock", help="renew the lock files with what Debian and the package index hold today")
+    lock = words.add_parser(
+        "lock", help="renew the lock files with what Debian and the package index hold today"
+    )
     lock.add_argument("--constraints", type=Path, default=Path("constraints.txt"))
     lock.add_argument("--mirror", help="as for build")
     lock.set_defaults(run=_lock)
@@ -55,7 +59,9 @@ def add_image(commands: Any) -> None:
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help=f"(default: {DEFAULT_CACHE})")
-    parser.add_argument("--mirror", help="base address of a Debian mirror (default: that of this machine's apt)")
+    parser.add_argument(
+        "--mirror", help="base address of a Debian mirror (default: that of this machine's apt)"
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:

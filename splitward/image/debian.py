@@ -28,21 +28,41 @@ FETCH_TIMEOUT_S = 120.0
 GROUPS = {
     # What the container and the emulated root hold: Python and what its modules load.
     "python": (
-        "base-files base-passwd bash ca-certificates coreutils dash findutils grep libc-bin libstdc++6 "
-        "python3 sed util-linux"
-    ).split(),
+        *("base-files", "base-passwd", "bash", "ca-certificates", "coreutils", "dash", "findutils", "grep"),
+        *("libc-bin", "libstdc++6", "python3", "sed", "util-linux"),
+    ),
     # What makes it a system that boots, is reached, updates itself and says what time it is.
     "system": (
-        "systemd systemd-sysv systemd-timesyncd systemd-resolved udev kmod dbus iproute2 openssh-server rauc rauc-service "
-        "e2fsprogs dosfstools fdisk mount procps gzip tar hostname wpasupplicant wireless-regdb login"
-    ).split(),
+        *(
+            "systemd",
+            "systemd-sysv",
+            "systemd-timesyncd",
+            "systemd-resolved",
+            "udev",
+            "kmod",
+            "dbus",
+            "iproute2",
+        ),
+        *(
+            "openssh-server",
+            "rauc",
+            "rauc-service",
+            "e2fsprogs",
+            "dosfstools",
+            "fdisk",
+            "mount",
+            "procps",
+            "gzip",
+        ),
+        *("tar", "hostname", "wpasupplicant", "wireless-regdb", "login"),
+    ),
     # Unpacked beside the root: parts of it go to the boot partition.
-    "boot": ["busybox-static", "systemd-boot-efi", "raspi-firmware"],
-    "kernel": ["linux-image-arm64"],
-    "kernel-rpi5": ["linux-image-arm64/trixie-backports"],
-    "firmware": ["firmware-brcm80211"],
+    "boot": ("busybox-static", "systemd-boot-efi", "raspi-firmware"),
+    "kernel": ("linux-image-arm64",),
+    "kernel-rpi5": ("linux-image-arm64/trixie-backports",),
+    "firmware": ("firmware-brcm80211",),
     # What the tests of the agent need under emulation, and what the container is built with.
-    "test": ["mosquitto", "python3-pip"],
+    "test": ("mosquitto", "python3-pip"),
 }
 BESIDE = frozenset({"boot", "kernel", "kernel-rpi5", "firmware"})
 """Groups that are unpacked beside the root, in part."""
@@ -51,9 +71,12 @@ SUITES = {
     "debian-security": ("bookworm-security",),
 }
 WITHOUT = frozenset(
-    "adduser apt debconf debian-archive-keyring dbus-session-bus-common gpgv init-system-helpers libapt-pkg6.0 "
-    "libfile-find-rule-perl libgdbm-compat4 libgdbm6 libnumber-compare-perl libpam-runtime libperl5.36 "
-    "libtext-glob-perl perl perl-base perl-modules-5.36 runit-helper sensible-utils ucf usrmerge".split()
+    (
+        *("adduser", "apt", "debconf", "debian-archive-keyring", "dbus-session-bus-common", "gpgv"),
+        *("init-system-helpers", "libapt-pkg6.0", "libfile-find-rule-perl", "libgdbm-compat4", "libgdbm6"),
+        *("libnumber-compare-perl", "libpam-runtime", "libperl5.36", "libtext-glob-perl", "perl", "perl-base"),
+        *("perl-modules-5.36", "runit-helper", "sensible-utils", "ucf", "usrmerge"),
+    )
 )
 """Asked for by maintainer scripts, which are never run."""
 
@@ -79,7 +102,8 @@ def read_lock(path: Path = LOCK) -> list[Package]:
         fields = line.split()
         if len(fields) != 6 or not fields[4].isdigit():
             raise ImageError(f"{path}:{number}: is not GROUP NAME VERSION SHA256 SIZE PATH. Restore the file.")
-        found.append(Package(*fields[:4], int(fields[4]), fields[5]))  # type: ignore[arg-type]
+        group, name, version, sha256, size, where = fields
+        found.append(Package(group, name, version, sha256, int(size), where))
     return found
 
 
@@ -97,7 +121,9 @@ def read_epoch(path: Path = LOCK) -> int:
 
 def write_lock(packages: Iterable[Package], epoch: int, path: Path = LOCK) -> None:
     """Write the lock file at `path`, sorted."""
-    lines = [f"{one.group} {one.name} {one.version} {one.sha256} {one.size} {one.path}" for one in sorted(packages)]
+    lines = [
+        f"{one.group} {one.name} {one.version} {one.sha256} {one.size} {one.path}" for one in sorted(packages)
+    ]
     header = "# Made by `splitward image lock`: GROUP NAME VERSION SHA256 SIZE PATH (below a Debian mirror)"
     path.write_text("\n".join([f"# epoch {epoch}", header, *lines]) + "\n", encoding="utf-8")
 
@@ -251,7 +277,9 @@ class _Apt:
     def run(self, program: str, *words: str) -> str:
         """What `program` says; `ImageError` when it fails."""
         try:
-            done = subprocess.run([program, *self._options, *words], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [program, *self._options, *words], capture_output=True, text=True, check=False
+            )
         except OSError as error:
             raise ImageError(f"{program}: {error}. The lock is renewed on Debian or Ubuntu.") from error
         if done.returncode:

@@ -146,7 +146,9 @@ def _splice(source: Path, target: Path, offset: int) -> None:
 def _run(command: list[str], environment: dict[str, str], check: bool = True) -> None:
     path = environment.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
-        done = subprocess.run(command, env=environment | {"PATH": path}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=environment | {"PATH": path}, capture_output=True, text=True, check=False
+        )
     except OSError as error:
         raise ImageError(f"{command[0]}: {error}. Install mtools, dosfstools and e2fsprogs.") from error
     if check and done.returncode:

@@ -17,13 +17,26 @@ from splitward.image.root import FILES
 START_MODULES = (
     # Disks: virtual machines, SD cards of the boards, USB sticks; then file systems.
     *("virtio_blk", "virtio_pci", "virtio_mmio", "mmc_block", "bcm2835", "sdhci_iproc", "sdhci_brcmstb"),
-    *("clk_raspberrypi", "clk_bcm2711_dvp", "gpio_raspberrypi_exp", "raspberrypi_power", "gpio_regulator", "fixed"),
+    *(
+        "clk_raspberrypi",
+        "clk_bcm2711_dvp",
+        "gpio_raspberrypi_exp",
+        "raspberrypi_power",
+        "gpio_regulator",
+        "fixed",
+    ),
     *("pcie_brcmstb", "xhci_pci", "xhci_plat_hcd", "dwc2", "usb_storage", "uas", "sd_mod"),
-    *("squashfs", "overlay", "ext4", "crc32c_generic"),
+    *("squashfs", "overlay", "ext4", "crc32c_generic", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
 )
 KEPT = (
     *("fs/*", "lib/*", "crypto/*", "arch/*", "net/*", "drivers/block/*", "drivers/md/*", "drivers/virtio/*"),
-    *("drivers/mmc/*", "drivers/usb/host/*", "drivers/usb/storage/*", "drivers/usb/dwc2/*", "drivers/usb/core/*"),
+    *(
+        "drivers/mmc/*",
+        "drivers/usb/host/*",
+        "drivers/usb/storage/*",
+        "drivers/usb/dwc2/*",
+        "drivers/usb/core/*",
+    ),
     *("drivers/usb/common/*", "drivers/usb/serial/*", "drivers/usb/class/*", "drivers/usb/roles/*"),
     *("drivers/net/usb/*", "drivers/net/virtio_net*", "drivers/net/phy/*", "drivers/net/mdio/*"),
     *("drivers/net/ethernet/broadcom/*", "drivers/net/ethernet/cadence/*", "drivers/net/wireless/broadcom/*"),
@@ -33,13 +46,41 @@ KEPT = (
     *("drivers/char/hw_random/*", "drivers/firmware/*", "drivers/mailbox/*", "drivers/soc/*", "drivers/mfd/*"),
     *("drivers/media/usb/uvc/*", "drivers/media/v4l2-core/*", "drivers/media/common/videobuf2/*"),
     *("drivers/media/common/uvc*", "drivers/media/mc/*", "drivers/media/platform/bcm2835/*"),
-    *("drivers/i2c/*", "drivers/spi/*", "drivers/pwm/*", "drivers/reset/*", "drivers/misc/*", "drivers/input/*"),
-    *("drivers/cpufreq/*", "drivers/nvmem/*", "drivers/power/reset/*", "drivers/dma/*", "drivers/bluetooth/none"),
-    *("drivers/staging/vc04_services/*", "drivers/leds/*", "drivers/iio/none", "drivers/tty/*", "drivers/hid/*"),
+    *(
+        "drivers/i2c/*",
+        "drivers/spi/*",
+        "drivers/pwm/*",
+        "drivers/reset/*",
+        "drivers/misc/*",
+        "drivers/input/*",
+    ),
+    *(
+        "drivers/cpufreq/*",
+        "drivers/nvmem/*",
+        "drivers/power/reset/*",
+        "drivers/dma/*",
+        "drivers/bluetooth/none",
+    ),
+    *(
+        "drivers/staging/vc04_services/*",
+        "drivers/leds/*",
+        "drivers/iio/none",
+        "drivers/tty/*",
+        "drivers/hid/*",
+    ),
 )
 LEFT_OUT = (
     *("fs/btrfs/*", "fs/xfs/*", "fs/ocfs2/*", "fs/gfs2/*", "fs/ceph/*", "fs/nfs*", "fs/smb*", "fs/cifs/*"),
-    *("fs/f2fs/*", "fs/jfs/*", "fs/reiserfs/*", "fs/udf/*", "fs/afs/*", "fs/orangefs/*", "fs/ksmbd/*", "fs/dlm/*"),
+    *(
+        "fs/f2fs/*",
+        "fs/jfs/*",
+        "fs/reiserfs/*",
+        "fs/udf/*",
+        "fs/afs/*",
+        "fs/orangefs/*",
+        "fs/ksmbd/*",
+        "fs/dlm/*",
+    ),
     *("net/bluetooth/*", "net/netfilter/*", "net/ipv4/netfilter/*", "net/ipv6/netfilter/*", "net/sctp/*"),
     *("net/tipc/*", "net/rds/*", "net/ceph/*", "net/sunrpc/*", "net/openvswitch/*", "net/batman-adv/*"),
     *("net/can/*", "net/sched/*", "net/bridge/*", "net/mpls/*", "net/9p/none", "drivers/input/*/*"),
@@ -88,7 +129,10 @@ def _index(root: Path, version: str) -> None:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
         subprocess.run(
-            ["depmod", "-b", str(root), version], check=True, capture_output=True, env=dict(os.environ, PATH=path)
+            ["depmod", "-b", str(root), version],
+            check=True,
+            capture_output=True,
+            env=dict(os.environ, PATH=path),
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ImageError(f"depmod: {error}. Install kmod.") from error
@@ -107,12 +151,32 @@ def build_ramdisk(root: Path, busybox: Path, version: str, epoch: int) -> bytes:
     """The initial RAM disk: busybox, `files/init` and the modules that reach a disk, in the order they load."""
     modules = root / "usr/lib/modules" / version
     archive = _Archive(epoch)
-    for folder in ("bin", "dev", "proc", "sys", "lower", "upper", "root", "modules"):
+    for folder in ("bin", "boot", "dev", "lower", "modules", "proc", "root", "sys", "upper"):
         archive.add_folder(folder)
     archive.add_file("bin/busybox", busybox.read_bytes(), 0o755)
-    for applet in (
-        "sh mount umount insmod dd hexdump sleep cat mkdir chroot sed wc tr reboot switch_root chown echo"
-    ).split():
+    for applet in [
+        "sh",
+        "mount",
+        "umount",
+        "insmod",
+        "dd",
+        "hexdump",
+        "sleep",
+        "cat",
+        "mkdir",
+        "chroot",
+        "sed",
+        "wc",
+        "tr",
+        "reboot",
+        "switch_root",
+        "chown",
+        "echo",
+        "mv",
+        "rm",
+        "sync",
+        "touch",
+    ]:
         archive.add_link(f"bin/{applet}", "busybox")
     archive.add_file("init", (FILES / "init").read_bytes(), 0o755)
     listed = []

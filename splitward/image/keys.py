@@ -32,7 +32,9 @@ def create_update_key(folder: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Splitward system updates")])
     # A board without a clock of its own starts at the lock's time.
-    start = min(datetime.now(timezone.utc), datetime.fromtimestamp(read_epoch(), timezone.utc)) - timedelta(days=2)
+    start = min(datetime.now(timezone.utc), datetime.fromtimestamp(read_epoch(), timezone.utc)) - timedelta(
+        days=2
+    )
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)

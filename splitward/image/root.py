@@ -23,7 +23,15 @@ _ACCOUNTS = (
     ("systemd-timesync", 996, "/"),
     (AGENT_USER, 900, "/var/lib/splitward"),
 )
-_GROUPS = (("systemd-journal", 995), ("render", 994), ("sgx", 993), ("kvm", 992), ("crontab", 989), ("input", 988), ("netdev", 987))
+_GROUPS = (
+    ("systemd-journal", 995),
+    ("render", 994),
+    ("sgx", 993),
+    ("kvm", 992),
+    ("crontab", 989),
+    ("input", 988),
+    ("netdev", 987),
+)
 _AGENT_GROUPS = ("video",)
 """The camera's."""
 _ENABLED = {
@@ -68,7 +76,18 @@ def finish_root(root: Path, wheels: list[Path], with_agent: bool = True, name: s
     python = root / "usr/bin/python3"
     if not python.exists():
         python.symlink_to(f"python{PYTHON}")
-    for folder in ("proc", "sys", "dev", "run", "tmp", "data", "root", "var/tmp", "var/lib/splitward", "boot/firmware"):
+    for folder in (
+        "proc",
+        "sys",
+        "dev",
+        "run",
+        "tmp",
+        "data",
+        "root",
+        "var/tmp",
+        "var/lib/splitward",
+        "boot/firmware",
+    ):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _link(root / "var/run", "/run")
     _link(root / "var/lock", "/run/lock")
@@ -124,9 +143,7 @@ def _write_accounts(root: Path) -> None:
         passwd += f"{name}:x:{number}:{number}::{home}:/usr/sbin/nologin\n"
         groups += f"{name}:x:{number}:\n"
     groups += "".join(f"{name}:x:{number}:\n" for name, number in _GROUPS)
-    lines = [
-        line + AGENT_USER if line.split(":")[0] in _AGENT_GROUPS else line for line in groups.splitlines()
-    ]
+    lines = [line + AGENT_USER if line.split(":")[0] in _AGENT_GROUPS else line for line in groups.splitlines()]
     _write(root / "etc/passwd", passwd.replace(":*:", ":x:"))
     _write(root / "etc/group", "\n".join(lines).replace(":*:", ":x:") + "\n")
     locked = [line.split(":")[0] for line in passwd.splitlines()]
@@ -154,7 +171,17 @@ def _prune(root: Path) -> None:
     library = root / f"usr/lib/python{PYTHON}"
     for name in ("test", "idlelib", "tkinter", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "distutils"):
         shutil.rmtree(library / name, ignore_errors=True)
-    for name in ("perl", "perl5", "locale", "i18n", "gdb", "pixmaps", "applications", "menu", "common-licenses.bak"):
+    for name in (
+        "perl",
+        "perl5",
+        "locale",
+        "i18n",
+        "gdb",
+        "pixmaps",
+        "applications",
+        "menu",
+        "common-licenses.bak",
+    ):
         shutil.rmtree(root / "usr/share" / name, ignore_errors=True)
     shutil.rmtree(root / "usr/lib/aarch64-linux-gnu/gconv", ignore_errors=True)
     shutil.rmtree(root / "usr/lib/udev/hwdb.d", ignore_errors=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from edge.config import EdgeConfig
 from edge.system.site import SiteConfig, agent_settings, apply_site, read_site, take_imports

@@ -131,5 +131,3 @@ def test_pruning_leaves_what_devices_load(tmp_path: Path) -> None:
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["numpy/typing/d.py", "onnxruntime/capi/a.so"]
     assert not (tmp_path / "onnxruntime/tools").exists()
-
-
