@@ -15,13 +15,12 @@ from edge.config import RuntimeConfig
 from edge.model import ClientModel
 from splitward.imaging.inputs import to_frame
 from splitward.wire.bundle import Backend, Precision, read_bundle, read_trusted_key
-from splitward.wire.release import release
 
 SECRET = bytes(32)
 
 
 def main(bundle_path: str, key_path: str, frames_path: str, out_path: str, *variants: str) -> None:
-    """Write, for each variant, its activations, float32 [N, ...], and as `NAME.released` what would leave the device."""
+    """Write one array of activations, float32 [N, ...], for each variant."""
     bundle = read_bundle(Path(bundle_path), read_trusted_key(Path(key_path)))
     with np.load(frames_path) as archive:
         images = archive["images"]
@@ -30,9 +29,7 @@ def main(bundle_path: str, key_path: str, frames_path: str, out_path: str, *vari
         backend, _, precision = variant.partition("-")
         config = RuntimeConfig(backend=cast("Backend", backend), precision=cast("Precision", precision))
         model = ClientModel(bundle, config, SECRET)
-        activations = [model.activation(to_frame(pixels, model.input)) for pixels in images]
-        found[variant] = np.stack(activations)
-        found[f"{variant}.released"] = np.stack([release(one, model.law, SECRET) for one in activations])
+        found[variant] = np.stack([model.activation(to_frame(pixels, model.input)) for pixels in images])
         print(f"{variant}: {len(images)} frames, {model.runtime}", flush=True)
     np.savez(out_path, **found)  # type: ignore[arg-type]  # its keywords are arrays
 

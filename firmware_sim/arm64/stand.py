@@ -21,6 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from paho.mqtt.enums import CallbackAPIVersion
 
 from firmware_sim.arm64.user import EmulationError
 from firmware_sim.broker import find_mosquitto, free_port
@@ -108,7 +109,7 @@ class Listener:
         self._lock = threading.Lock()
         self._statuses: dict[str, list[Status]] = {}
         self._results: dict[str, set[tuple[str, int]]] = {}
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, "observer", protocol=mqtt.MQTTv5)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, "observer", protocol=mqtt.MQTTv5)
         self._client.tls_set(str(folder / "ca.pem"), str(folder / "observer.pem"), str(folder / "observer.key"))
         self._client.on_connect = lambda client, *_: client.subscribe(
             [(topics.every_status(), 1), (f"{topics.ROOT}/+/+/result", 1)]
@@ -127,13 +128,13 @@ class Listener:
         """Whether `device` says that it is connected."""
         with self._lock:
             heard = self._statuses.get(device)
-            return bool(heard) and heard[-1].state == "online"
+            return heard is not None and heard[-1].state == "online"
 
     def is_idle(self, device: str) -> bool:
         """Whether `device` is connected and nothing waits in its spool."""
         with self._lock:
             heard = self._statuses.get(device)
-            return bool(heard) and heard[-1].state == "online" and heard[-1].queued == 0
+            return heard is not None and heard[-1].state == "online" and heard[-1].queued == 0
 
     def results(self, device: str) -> set[tuple[str, int]]:
         """Boot and sequence of every result that went to `device`."""
@@ -155,8 +156,8 @@ class Listener:
             _, device, kind = topics.parse(message.topic)
             with self._lock:
                 if kind == "status":
-                    self._statuses.setdefault(device, []).append(decode_status(message.payload))
-                elif isinstance(reply := decode_reply(message.payload), Result):
+                    self._statuses.setdefault(device, []).append(decode_status(bytes(message.payload)))
+                elif isinstance(reply := decode_reply(bytes(message.payload)), Result):
                     self._results.setdefault(device, set()).add((reply.boot, reply.sequence))
         except WireError as error:
             print(f"listener: {error}", file=sys.stderr)

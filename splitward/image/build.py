@@ -106,7 +106,7 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
         root, boot = folder / "root", folder / "boot"
         say("fetching packages and wheels")
         version = _release(settings)
-        kernel = unpack_root(settings.board, packages, root, folder / "beside", settings.cache, settings.mirror)
+        kernel = unpack_root(packages, root, folder / "beside", settings.cache, settings.mirror)
         say(f"root unpacked, kernel {kernel}")
         _add_model(settings, root, version)
         ramdisk = build_ramdisk(root, folder / "beside/usr/bin/busybox", kernel, epoch)
@@ -129,7 +129,7 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
 
 
 def unpack_root(
-    board: Board, packages: list[debian.Package], root: Path, beside: Path, cache: Path, mirror: str | None
+    packages: list[debian.Package], root: Path, beside: Path, cache: Path, mirror: str | None
 ) -> str:
     """Unpack `packages` into a whole system at `root`, boot programs into `beside`; the kernel's version."""
     found = debian.fetch(packages, cache / "debian", mirror or debian.find_mirror())

@@ -28,6 +28,24 @@ START_MODULES = (
     *("pcie_brcmstb", "xhci_pci", "xhci_plat_hcd", "dwc2", "usb_storage", "uas", "sd_mod"),
     *("squashfs", "overlay", "ext4", "crc32c_generic", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
 )
+APPLETS = (
+    *(
+        "cat",
+        "chown",
+        "chroot",
+        "dd",
+        "echo",
+        "hexdump",
+        "insmod",
+        "mkdir",
+        "mount",
+        "mv",
+        "reboot",
+        "rm",
+        "sed",
+    ),
+    *("sh", "sleep", "switch_root", "sync", "touch", "tr", "umount", "wc"),
+)
 KEPT = (
     *("fs/*", "lib/*", "crypto/*", "arch/*", "net/*", "drivers/block/*", "drivers/md/*", "drivers/virtio/*"),
     *(
@@ -154,29 +172,7 @@ def build_ramdisk(root: Path, busybox: Path, version: str, epoch: int) -> bytes:
     for folder in ("bin", "boot", "dev", "lower", "modules", "proc", "root", "sys", "upper"):
         archive.add_folder(folder)
     archive.add_file("bin/busybox", busybox.read_bytes(), 0o755)
-    for applet in [
-        "sh",
-        "mount",
-        "umount",
-        "insmod",
-        "dd",
-        "hexdump",
-        "sleep",
-        "cat",
-        "mkdir",
-        "chroot",
-        "sed",
-        "wc",
-        "tr",
-        "reboot",
-        "switch_root",
-        "chown",
-        "echo",
-        "mv",
-        "rm",
-        "sync",
-        "touch",
-    ]:
+    for applet in APPLETS:
         archive.add_link(f"bin/{applet}", "busybox")
     archive.add_file("init", (FILES / "init").read_bytes(), 0o755)
     listed = []
