@@ -84,6 +84,7 @@ def run_in_root(
     board: str = "rpi4",
     binds: Mapping[Path, str] | None = None,
     environment: Mapping[str, str] | None = None,
+    folder: str = "/",
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` of the arm64 `root`; mounts are its own and end with it.
 
@@ -100,6 +101,8 @@ def run_in_root(
     binds : mapping, optional
         Folders of this machine, and where they lie inside.
     environment : mapping, optional
+    folder : str
+        Where it runs, inside.
 
     Raises
     ------
@@ -121,7 +124,7 @@ def run_in_root(
         steps += [f"mkdir -p {inside}", f"mount --bind {shlex.quote(str(source))} {inside}"]
     inner = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root", "LANG": "C.UTF-8", "QEMU_CPU": CPUS[board]}
     inner |= dict(environment or {})
-    words = ["env", "-i", *[f"{key}={value}" for key, value in inner.items()], *command]
+    words = ["env", "-i", f"--chdir={folder}", *[f"{key}={value}" for key, value in inner.items()], *command]
     steps += [f"exec chroot . {shlex.join(words)}"]
     # A process namespace of its own: what the command leaves behind ends with it.
     whole = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", "\n".join(steps)]

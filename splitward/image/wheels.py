@@ -89,6 +89,13 @@ def fetch(cache: Path, lock: Path = LOCK) -> list[Path]:
     return sorted(have[digest] for digest in wanted)
 
 
+def fetch_others(cache: Path, wanted: Sequence[str], constraints: Path) -> list[Path]:
+    """Paths of aarch64 wheels of `wanted`, and of what they need, within `constraints`: for tests alone."""
+    cache.mkdir(parents=True, exist_ok=True)
+    _download(cache, ["--constraint", str(constraints), *wanted])
+    return sorted(cache.glob("*.whl"))
+
+
 def _by_hash(folder: Path) -> dict[str, Path]:
     return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.whl"))}
 
