@@ -40,7 +40,7 @@ def test_the_ram_disk_is_a_cpio_archive_that_others_read(tmp_path: Path) -> None
     archive.add_file("bin/program", b"odd", 0o755)
     archive.add_link("bin/sh", "program")
     data = archive.close()
-    subprocess.run(["cpio", "-id", "--quiet"], input=data, cwd=tmp_path, check=True)
+    subprocess.run(["cpio", "-idm", "--quiet"], input=data, cwd=tmp_path, check=True)
     assert (tmp_path / "bin/program").read_bytes() == b"odd"
     assert (tmp_path / "bin/program").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "bin/program").stat().st_mtime == 1_000_000
