@@ -32,7 +32,7 @@ from splitward.wire.control import Result, Status, decode_reply, decode_status
 
 GUEST_HOST = "10.0.2.2"
 """This machine, as QEMU's own network shows it to the device."""
-START_S = 60.0
+START_S = 300.0
 _BROKER = """\
 listener {port} 127.0.0.1
 cafile {folder}/ca.pem

@@ -22,14 +22,14 @@ for folder in etc opt var/lib; do
     mount -t overlay -o "lowerdir=/$folder,upperdir=$1/$folder/upper,workdir=$1/$folder/work" overlay "/$folder"
 done
 edge="$2 -m edge"
-$edge install --package "$3" --pip=--no-deps --pip=--no-build-isolation --system-packages
+$edge install --package "$3" --pip=--no-deps --system-packages
 id splitward
 stat -c '%a %U' /var/lib/splitward /etc/splitward
 cat /etc/systemd/system/splitward-edge.service
-/opt/splitward/bin/python -c 'import edge.install; print("imports from", edge.install.__file__)'
+(cd / && /opt/splitward/bin/python -c 'import edge.install; print("imports from", edge.install.__file__)')
 echo 'kept = true' > /etc/splitward/edge.toml
 echo AGAIN
-$edge install --package "$3" --pip=--no-deps --pip=--no-build-isolation --system-packages
+$edge install --package "$3" --pip=--no-deps --system-packages
 cat /etc/splitward/edge.toml
 $edge uninstall
 test ! -e /opt/splitward
