@@ -153,7 +153,8 @@ class Machine:
         command += ["-netdev", "user,id=net"]
         direct = ["-kernel", str(folder / "vmlinuz"), "-initrd", str(folder / "initrd.gz")]
         if self.kind == "raspi3b":
-            options = f"{_OPTIONS} console=ttyAMA0,115200 console=ttyS1,115200"
+            # QEMU's watchdog of this board resets it the moment that it is set.
+            options = f"{_OPTIONS} console=ttyAMA0,115200 console=ttyS1,115200 module_blacklist=bcm2835_wdt"
             command += [
                 "-M",
                 "raspi3b",
