@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := edge,edge-tflite,dicom,camera,cloud,train,broker,dev
 SOURCES := splitward edge cloud export firmware_sim tests benchmarks
 
-.PHONY: help setup demo test check format bench constraints mosquitto clean
+.PHONY: help setup demo test check format bench constraints mosquitto emulators image-container bench-arm64 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup mosquitto check ## everything that is tested; a skip says what is missing
+test: setup mosquitto emulators check ## everything that is tested; a skip says what is missing
 	$(BIN)/python -m pytest $(PYTEST)
 
 check: setup ## style, types, and who may import whom
@@ -47,6 +47,22 @@ mosquitto:
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto faketime > /dev/null; \
 	else echo "mosquitto or faketime is not installed: their tests will be skipped (apt install mosquitto faketime)"; fi
+
+# What tests/arm64 builds and starts images with. Only root can install it; without it those tests skip.
+EMULATORS := qemu-user-static binfmt-support qemu-system-arm qemu-efi-aarch64 qemu-utils mtools dosfstools e2fsprogs \
+	squashfs-tools zstd kmod cpio rauc buildah passwd
+emulators:
+	@if [ "$$(id -u)" = 0 ] && command -v dpkg-query > /dev/null; then \
+		missing=$$(for one in $(EMULATORS); do dpkg-query -W -f '$${Status}' $$one 2> /dev/null | grep -q 'ok installed' || echo $$one; done); \
+		[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > /dev/null; }; \
+	else echo "tests/arm64 needs root and, installed: $(EMULATORS)"; fi
+
+image-container: ## the device's container for arm64, with buildah; OUT=FILE BASE=FOLDER
+	$(BIN)/hadolint Dockerfile.arm64
+	.ci/container $(or $(OUT),build/splitward-edge.oci.tar) $(BASE)
+
+bench-arm64: setup emulators ## image, container and machines under emulation, to docs/results/arm64.json; as root
+	$(BIN)/python -m benchmarks.arm64
 
 constraints: setup ## pin what is installed now
 	@{ sed -n '1,2p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -201,7 +202,37 @@ def _parser() -> argparse.ArgumentParser:
     install.set_defaults(command=_install_model)
     back = model.add_parser("rollback", parents=[configured], help="go back to the bundle before")
     back.set_defaults(command=_roll_back_model)
+    _add_install(commands)
     return parser
+
+
+def _add_install(commands: Any) -> None:
+    install = commands.add_parser("install", help="set the agent up on this Debian or Ubuntu system; as root")
+    install.add_argument(
+        "--package", default="splitward[edge,edge-tflite]", help="wheel, folder or requirement for pip"
+    )
+    install.add_argument("--pip", action="append", default=[], metavar="ARGUMENT", help="given to pip as it is")
+    install.add_argument(
+        "--system-packages", action="store_true", help="see the system's Python packages, such as JetPack's"
+    )
+    install.set_defaults(command=_install)
+    uninstall = commands.add_parser("uninstall", help="remove what install has set up; as root")
+    uninstall.add_argument("--purge", action="store_true", help="and configuration, spool, keys and user")
+    uninstall.set_defaults(command=_uninstall)
+
+
+def _install(options: argparse.Namespace) -> int:
+    from edge.install import InstallSettings, install
+
+    install(InstallSettings(options.package, tuple(options.pip), options.system_packages), print)
+    return 0
+
+
+def _uninstall(options: argparse.Namespace) -> int:
+    from edge.install import uninstall
+
+    uninstall(options.purge, print)
+    return 0
 
 
 def _stop_on_signal() -> threading.Event:

@@ -2,14 +2,17 @@
 
 SplitwardError
  └── EdgeError
-      ├── CaptureError    the source of frames cannot be opened
-      ├── BackendError    the runtime is missing, or refuses a graph or a frame
-      ├── ReleaserError   the releaser ended too often: its supervisor should start the agent anew
-      ├── SpoolError      the spool cannot be opened or written
-      │    └── DiskFull   ... for want of space: what was asked for can be asked for again
-      ├── LinkError       the connection to the broker cannot be set up
-      ├── FetchError      the cloud's HTTPS side did not answer as it should; `.reason` is a stable code
-      └── UpdateError     a bundle cannot be installed or rolled back; `.reason` is a stable code
+      ├── CaptureError       the source of frames cannot be opened
+      ├── BackendError       the runtime is missing, or refuses a graph or a frame
+      ├── ReleaserError      the releaser ended too often: its supervisor should start the agent anew
+      ├── SpoolError         the spool cannot be opened or written
+      │    └── DiskFull      ... for want of space: what was asked for can be asked for again
+      ├── LinkError          the connection to the broker cannot be set up
+      ├── FetchError         the cloud's HTTPS side did not answer as it should; `.reason` is a stable code
+      ├── UpdateError        a bundle cannot be installed or rolled back; `.reason` is a stable code
+      ├── SlotError          the boot partition does not say which slot starts
+      ├── SystemUpdateError  a system update cannot be fetched or installed
+      └── InstallError       the agent cannot be installed on this system
 
 A bundle that is refused raises `splitward.errors.BundleError`, whose `.reason` is a stable code.
 """
@@ -61,3 +64,15 @@ class FetchError(_CodedError):
 
 class UpdateError(_CodedError):
     """A bundle cannot be installed or rolled back."""
+
+
+class SlotError(EdgeError):
+    """The boot partition does not say which slot starts."""
+
+
+class SystemUpdateError(EdgeError):
+    """A system update cannot be fetched or installed."""
+
+
+class InstallError(EdgeError):
+    """The agent cannot be installed on this system."""

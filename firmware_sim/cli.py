@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from firmware_sim.arm64.cli import add_arm64
 from firmware_sim.fleet import FleetConfig, format_report, run_fleet
 from firmware_sim.scenario import Scenario
 from splitward.config import build_config, read_config
@@ -112,4 +113,5 @@ def _parser() -> argparse.ArgumentParser:
     light.add_argument("--host", metavar="HOST")
     light.add_argument("--port", type=int, metavar="PORT")
     light.set_defaults(run=_light)
+    add_arm64(commands)
     return parser

@@ -14,6 +14,7 @@ from typing import Any
 
 from splitward import __version__
 from splitward.errors import SplitwardError
+from splitward.image.cli import add_image
 from splitward.reproduce.cli import add_reproduce
 
 DEFAULT_KEY = Path("~/.config/splitward/signing.key")
@@ -95,6 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_audit(commands)
 
     add_reproduce(commands)
+
+    add_image(commands)
 
     keygen = commands.add_parser("keygen", help="make a signing key; devices trust its .pub file")
     keygen.add_argument("key", type=Path, nargs="?", default=DEFAULT_KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -46,6 +47,26 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse_toml(text: str) -> dict[str, Any]:
     """Plain values of TOML `text`; `ValueError` when it is none."""
     return tomllib.loads(text)
+
+
+def format_toml(tables: dict[str, Any]) -> str:
+    """Plain `tables` as TOML. JSON's strings, numbers and booleans are TOML's; a value of None is left out."""
+    lines: list[str] = []
+
+    def write(table: str, values: dict[str, Any]) -> None:
+        nested = {key: value for key, value in values.items() if isinstance(value, dict)}
+        if table:
+            lines.append(f"[{table}]")
+        lines.extend(
+            f"{key} = {json.dumps(value)}"
+            for key, value in values.items()
+            if value is not None and key not in nested
+        )
+        for key, value in nested.items():
+            write(f"{table}.{key}" if table else key, value)
+
+    write("", tables)
+    return "\n".join(lines) + "\n"
 
 
 def build_config(values: dict[str, Any], kind: type[T], where: str) -> T:

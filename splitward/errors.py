@@ -9,7 +9,8 @@ SplitwardError
  ├── TrainingError      training cannot start or go on
  │    └── HijackError   the server's gradients do not serve the task
  ├── ExportError        a trained run cannot become a bundle
- └── AuditError         an audit cannot start, go on, or be trusted
+ ├── AuditError         an audit cannot start, go on, or be trusted
+ └── ImageError         an edge image cannot be built or read
 
 Each message says what went wrong, where, and what to do about it.
 """
@@ -67,3 +68,7 @@ class ExportError(SplitwardError):
 
 class AuditError(SplitwardError):
     """An audit cannot start, go on, or be trusted."""
+
+
+class ImageError(SplitwardError):
+    """An edge image cannot be built or read."""

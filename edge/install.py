@@ -1,0 +1,194 @@
+"""`edge install`: the agent on a Debian or Ubuntu system that is there already, such as a Jetson's JetPack 6.
+
+Every step looks first and changes only what differs, so that installing again repairs or updates. The
+configuration and the state are never overwritten; `uninstall` leaves them unless it is told to purge.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge.errors import InstallError
+
+USER = "splitward"
+VENV = Path("/opt/splitward")
+CONFIG = Path("/etc/splitward")
+STATE = Path("/var/lib/splitward")
+UNITS = Path("/etc/systemd/system")
+SERVICE = "splitward-edge.service"
+SHIPPED = Path(__file__).with_name("systemd")
+_UNIT = f"""\
+[Unit]
+Description=Splitward device agent
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+User={USER}
+Group={USER}
+SupplementaryGroups=video
+WorkingDirectory={STATE}
+ExecStart={VENV}/bin/python -m edge run --config {CONFIG}/edge.toml
+Restart=always
+RestartSec=5
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths={STATE}
+ProtectHome=yes
+PrivateTmp=yes
+CapabilityBoundingSet=
+
+[Install]
+WantedBy=multi-user.target
+"""
+_EXAMPLE = f"""\
+# The agent's settings; every key is described in edge/config.py.
+[device]
+id = "change-me"
+site = "change-me"
+bundle = "{STATE}/model.bundle"
+trusted_key = "{CONFIG}/trusted.pub"
+state_dir = "{STATE}"
+
+[capture]
+kind = "camera"
+
+[broker]
+host = "broker.example.org"
+port = 8883
+"""
+
+
+@dataclass(frozen=True)
+class InstallSettings:
+    """What to install.
+
+    Attributes
+    ----------
+    package : str
+        What pip installs: a wheel, a folder, or a requirement such as `splitward[edge,edge-tflite]`.
+    pip_arguments : tuple of str
+        Given to pip as they are, such as `--constraint FILE`.
+    system_packages : bool
+        Let the agent see the system's own Python packages, such as JetPack's OpenCV.
+    """
+
+    package: str
+    pip_arguments: tuple[str, ...] = ()
+    system_packages: bool = False
+
+
+def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
+    """Set up user, virtual environment, folders, units and an example configuration.
+
+    Raises
+    ------
+    InstallError
+        A step fails; the ones before it stand, and the next attempt goes on from there.
+    """
+    _require_root()
+    if not _user_exists():
+        _run(["useradd", "--system", "--home-dir", str(STATE), "--shell", "/usr/sbin/nologin", USER])
+        say(f"user {USER}: made")
+    account = pwd.getpwnam(USER)
+    for folder, mode in ((STATE, 0o700), (CONFIG, 0o750)):
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            say(f"{folder}: made")
+        folder.chmod(mode)
+        shutil.chown(folder, account.pw_uid if folder == STATE else 0, account.pw_gid)
+    if not (VENV / "bin/python").exists():
+        words = ["--system-site-packages"] if settings.system_packages else []
+        _run([sys.executable, "-m", "venv", *words, str(VENV)])
+        say(f"{VENV}: virtual environment made")
+    _run(
+        [str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", *settings.pip_arguments, settings.package]
+    )
+    say(f"{settings.package}: installed")
+    if not (CONFIG / "edge.toml").exists():
+        (CONFIG / "edge.toml").write_text(_EXAMPLE, encoding="utf-8")
+        (CONFIG / "edge.toml").chmod(0o640)
+        shutil.chown(CONFIG / "edge.toml", 0, account.pw_gid)
+        say(f"{CONFIG / 'edge.toml'}: an example, to be edited")
+    changed = [name for name, text in _units().items() if _write(UNITS / name, text)]
+    if changed:
+        say(f"{', '.join(changed)}: written")
+    if Path("/run/systemd/system").is_dir():
+        _run(["systemctl", "daemon-reload"])
+        _run(["systemctl", "enable", SERVICE])
+    else:
+        say("systemd does not run here: the units take effect at the next start")
+    say(f"edit {CONFIG / 'edge.toml'}, then: systemctl restart {SERVICE}")
+
+
+def uninstall(purge: bool, say: Callable[[str], None]) -> None:
+    """Remove units and virtual environment; with `purge` configuration, state, keys and user as well.
+
+    Raises
+    ------
+    InstallError
+        A step fails; attempt it again.
+    """
+    _require_root()
+    present = [name for name in _units() if (UNITS / name).exists()]
+    if present and Path("/run/systemd/system").is_dir():
+        _run(["systemctl", "disable", "--now", *present])
+    for name in present:
+        (UNITS / name).unlink()
+        say(f"{name}: removed")
+    if present and Path("/run/systemd/system").is_dir():
+        _run(["systemctl", "daemon-reload"])
+    for folder in (VENV, *((CONFIG, STATE) if purge else ())):
+        if folder.exists():
+            shutil.rmtree(folder)
+            say(f"{folder}: removed")
+    if purge and _user_exists():
+        _run(["userdel", USER])
+        say(f"user {USER}: removed")
+
+
+def _units() -> dict[str, str]:
+    """Texts of the units by name."""
+    shipped = {path.name: path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.service"))}
+    return shipped or {SERVICE: _UNIT}
+
+
+def _write(path: Path, text: str) -> bool:
+    """Write `text` to `path` unless it holds it already; whether it was written."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return True
+
+
+def _require_root() -> None:
+    if os.geteuid():
+        raise InstallError("users, units and /opt belong to root: run it with sudo.")
+
+
+def _user_exists() -> bool:
+    try:
+        pwd.getpwnam(USER)
+    except KeyError:
+        return False
+    return True
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise InstallError(f"{command[0]}: {error.strerror}. It is part of Debian and Ubuntu.") from error
+    if done.returncode:
+        raise InstallError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}")

@@ -1,0 +1,24 @@
+"""The container's health: does the agent hold a connection to its broker?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from edge.config import EdgeConfig
+from edge.system.checkin import TABLES, connections
+from splitward.config import read_config
+
+
+def main(arguments: list[str]) -> int:
+    """0 when our user holds a connection to the broker of the edge.toml that is named, else 1."""
+    port = read_config(Path(arguments[0]), EdgeConfig).broker.port
+    if connections(port, os.getuid(), TABLES):
+        return 0
+    print(f"no connection to port {port}")
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,223 @@
+"""site.toml: what a person says of one device on the card's open partition, applied at every start.
+
+The root forgets what is written to it, so the file is the only place where these settings live. A file with a
+mistake is answered with `site-error.txt` beside it, and the last good one stays in force.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from splitward.config import format_toml, read_config
+from splitward.errors import ConfigError
+
+AGENT_ID = 900
+"""User and group of the agent in the image."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "device": {
+        "bundle": "/usr/share/splitward/model.bundle",
+        "trusted_key": "/usr/share/splitward/trusted.pub",
+        "state_dir": "/var/lib/splitward",
+    }
+}
+"""Of edge.toml, where the image keeps things."""
+Hostname = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
+Address = Annotated[str, Meta(pattern=r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?\Z")]
+OneLine = Annotated[str, Meta(pattern=r"^[^\n\r\"]*\Z")]
+
+
+class WifiConfig(Struct, frozen=True, kw_only=True):
+    """`[network.wifi]`: name and passphrase of a WPA2 or WPA3 network; `country` as ISO 3166 writes it."""
+
+    name: OneLine
+    passphrase: Annotated[str, Meta(min_length=8, max_length=63, pattern=r"^[^\n\r\"]*\Z")]
+    country: Annotated[str, Meta(pattern=r"^[A-Z]{2}\Z")]
+
+
+class NetworkConfig(Struct, frozen=True, kw_only=True):
+    """`[network]`: without `address` every interface asks for one (DHCP)."""
+
+    address: Address | None = None
+    gateway: Address | None = None
+    dns: tuple[Address, ...] = ()
+    ntp: tuple[OneLine, ...] = ()
+    wifi: WifiConfig | None = None
+
+
+class UpdateConfig(Struct, frozen=True, kw_only=True):
+    """`[update]`: folder of images, an HTTPS address; without it the device never looks for one.
+
+    Attributes
+    ----------
+    ca : str or None
+        Authority of that address, a PEM file; the public ones by default. It protects the fetch only: what may be
+        installed is decided by the bundle's own signature.
+    every_s : float
+        Period of looking.
+    """
+
+    url: Annotated[str, Meta(pattern=r"^https?://")]
+    ca: str | None = None
+    every_s: Annotated[float, Meta(ge=1)] = 3600.0
+
+
+class SiteConfig(Struct, frozen=True, kw_only=True):
+    """All of `site.toml`.
+
+    Attributes
+    ----------
+    ssh_keys : tuple of str
+        Public keys that may log in as root; none by default, and no password ever.
+    agent : dict
+        Tables of edge.toml; the agent checks them itself.
+    """
+
+    format: Literal[1] = 1
+    hostname: Hostname = "splitward"
+    ssh_keys: tuple[OneLine, ...] = ()
+    network: NetworkConfig = NetworkConfig()
+    update: UpdateConfig | None = None
+    agent: dict[str, Any] = {}
+
+
+def read_site(path: Path) -> SiteConfig:
+    """Settings held by the file at `path`; `ConfigError` says what is wrong with it."""
+    return read_config(path, SiteConfig)
+
+
+def agent_settings(site: SiteConfig) -> dict[str, Any]:
+    """Tables of edge.toml, with the image's own places where the site says nothing."""
+    tables = {name: dict(values) if isinstance(values, dict) else values for name, values in site.agent.items()}
+    for name, values in DEFAULTS.items():
+        tables[name] = {**values, **tables.get(name, {})}
+    return tables
+
+
+def apply_site(site: SiteConfig, root: Path) -> None:
+    """Write the files that `site` stands for below `root`."""
+    _write(root / "etc/hostname", site.hostname + "\n")
+    _write(
+        root / "etc/hosts",
+        f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n",
+    )
+    _write(root / "etc/splitward/edge.toml", format_toml(agent_settings(site)))
+    _write(root / "run/splitward/authorized_keys", "".join(f"{key}\n" for key in site.ssh_keys))
+    network = site.network
+    if network.address or network.dns or network.ntp or network.wifi:
+        _write(root / "etc/systemd/network/70-site.network", _network_file(network))
+    if network.wifi is not None:
+        _write(root / "etc/wpa_supplicant/wpa_supplicant-wlan0.conf", _wifi_file(network.wifi), 0o600)
+    if site.update is not None:
+        _write(root / "etc/splitward/update.toml", format_toml(_plain(site.update)))
+
+
+def take_imports(boot: Path, state: Path) -> list[str]:
+    """Move the files of `import` on the boot partition into the agent's folder, and return their names.
+
+    Each is whole at its new place before it leaves the old one, so that a power cut loses none.
+    """
+    folder = boot / "import"
+    taken = []
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if not path.is_file():
+            continue
+        target = state / "import" / path.relative_to(folder)
+        for parent in (state / "import", target.parent):
+            parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _give_to_agent(parent)
+        partial = target.with_name(target.name + ".partial")
+        with path.open("rb") as source, os.fdopen(os.open(partial, _CREATE, 0o600), "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        _give_to_agent(partial)
+        partial.replace(target)
+        _sync_folder(target.parent)
+        path.unlink()
+        taken.append(path.relative_to(folder).as_posix())
+    return taken
+
+
+def main(arguments: list[str]) -> int:
+    """Apply the site.toml of the boot partition that is mounted at the first argument."""
+    boot, kept = Path(arguments[0]), Path("/data/site.toml")
+    complaint = boot / "site-error.txt"
+    try:
+        site = read_site(boot / "site.toml")
+    except ConfigError as error:
+        print(f"site.toml is not used: {error}", file=sys.stderr)
+        if not complaint.exists() or complaint.read_text(errors="replace") != f"{error}\n":
+            complaint.write_text(f"{error}\n")
+        site = read_site(kept) if kept.exists() else SiteConfig()
+    else:
+        complaint.unlink(missing_ok=True)
+        if not kept.exists() or kept.read_bytes() != (boot / "site.toml").read_bytes():
+            _write(kept, (boot / "site.toml").read_text(encoding="utf-8"), 0o600)
+    apply_site(site, Path("/"))
+    Path("/proc/sys/kernel/hostname").write_text(site.hostname)
+    taken = take_imports(boot, Path("/var/lib/splitward"))
+    if site.network.wifi is not None:
+        subprocess.run(["systemctl", "--no-block", "start", "wpa_supplicant@wlan0.service"], check=False)
+    print(
+        f"site.toml applied: {site.hostname}, {len(site.ssh_keys)} SSH keys, imported: {', '.join(taken) or 'nothing'}"
+    )
+    return 0
+
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+def _network_file(network: NetworkConfig) -> str:
+    lines = ["[Match]", "Type=ether wlan", "", "[Network]", f"DHCP={'no' if network.address else 'yes'}"]
+    lines += [
+        f"{key}={value}" for key, value in (("Address", network.address), ("Gateway", network.gateway)) if value
+    ]
+    lines += [f"DNS={one}" for one in network.dns] + [f"NTP={one}" for one in network.ntp]
+    return "\n".join(lines) + "\n"
+
+
+def _wifi_file(wifi: WifiConfig) -> str:
+    return (
+        f'country={wifi.country}\nnetwork={{\n    ssid="{wifi.name}"\n    psk="{wifi.passphrase}"\n'
+        "    key_mgmt=WPA-PSK SAE\n    ieee80211w=1\n}\n"
+    )
+
+
+def _plain(config: UpdateConfig) -> dict[str, Any]:
+    values = {"url": config.url, "ca": config.ca, "every_s": config.every_s}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _write(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with os.fdopen(os.open(partial, _CREATE, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _give_to_agent(path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, AGENT_ID, AGENT_ID)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

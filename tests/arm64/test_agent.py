@@ -1,0 +1,61 @@
+"""The agent's own tests, run by the device's interpreter and wheels under qemu-user."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firmware_sim.arm64.user import run_in_root
+from splitward.image.wheels import fetch_others
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+REPOSITORY = Path(__file__).resolve().parents[2]
+NEEDED = ("pytest", "pytest-timeout", "hypothesis", "onnx", "iotcore")
+SUITES = {
+    "unit": ["tests/unit/edge", "tests/contract"],
+    # Of the integration tests those whose point is not a clock: emulation is slower than any real device.
+    "integration": [
+        "tests/integration/test_edge_agent.py",
+        *("-k", "mosquitto and (every_frame_is_answered or refused) or second_start or tampered or sigterm"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def test_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    target = folder / "unpacked"
+    for wheel in fetch_others(folder / "wheels", NEEDED, REPOSITORY / "constraints.txt"):
+        # What the root holds already stays the root's.
+        if not wheel.name.startswith(("numpy-", "protobuf-", "ml_dtypes-")):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(target)
+    return target
+
+
+@pytest.mark.parametrize("suite", sorted(SUITES))
+def test_suite_passes_on_arm64(suite: str, emulated_root: Path, test_packages: Path) -> None:
+    done = run_in_root(
+        emulated_root,
+        [
+            *("/usr/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600"),
+            *SUITES[suite],
+        ],
+        timeout_s=1100,
+        binds={REPOSITORY: "/code", test_packages: "/packages"},
+        environment={
+            "PYTHONPATH": "/packages:/code",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "SPLITWARD_FORBID_SKIPS": "1",
+        },
+        folder="/code",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    passed: Any = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-1000:]
+    assert int(passed[1]) >= 4
+    assert "skipped" not in done.stdout

@@ -1,0 +1,118 @@
+"""The fetch of a system update against a real HTTP server, and the check-in against a table of connections."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from edge.errors import SystemUpdateError
+from edge.system.checkin import connections
+from edge.system.site import UpdateConfig
+from edge.system.update import Release, fetch_bundle, fetch_release
+
+DATA = bytes(range(256)) * 4096
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `DATA` with ranges, and breaks off after `limit` bytes of a body."""
+
+    limit: ClassVar[int] = len(DATA)
+    ranges: ClassVar[bool] = True
+    starts: ClassVar[list[int]] = []
+    manifest: ClassVar[bytes] = b""
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        body = self.manifest if self.path.endswith("update.json") else DATA[start:]
+        if not self.path.endswith("update.json"):
+            self.starts.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.limit])
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def config() -> Iterator[UpdateConfig]:
+    Server.limit, Server.ranges, Server.starts = len(DATA), True, []
+    Server.manifest = json.dumps(
+        {"version": "2", "file": "edge.raucb", "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()}
+    ).encode()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield UpdateConfig(url=f"http://127.0.0.1:{server.server_address[1]}/ward")
+        server.shutdown()
+
+
+def test_a_bundle_is_fetched_and_kept(tmp_path: Path, config: UpdateConfig) -> None:
+    release = fetch_release(config)
+    assert release.version == "2"
+    path = fetch_bundle(config, release, tmp_path)
+    assert path.read_bytes() == DATA
+    assert fetch_bundle(config, release, tmp_path) == path
+    assert Server.starts == [0]
+
+
+def test_a_broken_fetch_goes_on_where_it_was(tmp_path: Path, config: UpdateConfig) -> None:
+    release = fetch_release(config)
+    Server.limit = 300_000
+    with pytest.raises(SystemUpdateError, match="goes on from here"):
+        fetch_bundle(config, release, tmp_path)
+    Server.limit = len(DATA)
+    assert fetch_bundle(config, release, tmp_path).read_bytes() == DATA
+    assert Server.starts[0] == 0
+    assert Server.starts[1] == 300_000
+
+
+def test_a_server_without_ranges_gives_the_whole_again(tmp_path: Path, config: UpdateConfig) -> None:
+    release = fetch_release(config)
+    (tmp_path / f"{release.sha256}.raucb.partial").write_bytes(b"stale")
+    Server.ranges = False
+    assert fetch_bundle(config, release, tmp_path).read_bytes() == DATA
+
+
+def test_what_differs_from_the_manifest_is_thrown_away(tmp_path: Path, config: UpdateConfig) -> None:
+    release = Release("2", "edge.raucb", len(DATA), "0" * 64)
+    (tmp_path / "older.raucb").write_bytes(b"of another release")
+    with pytest.raises(SystemUpdateError, match=r"is not what update\.json says"):
+        fetch_bundle(config, release, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"version": "2", "file": "../etc", "size": 1, "sha256": "' + "0" * 64 + '"}']
+)
+def test_a_bad_manifest_is_refused(config: UpdateConfig, text: str) -> None:
+    Server.manifest = text.encode()
+    with pytest.raises(SystemUpdateError, match=r"update.json"):
+        fetch_release(config)
+
+
+def test_nobody_there_is_an_update_error() -> None:
+    with pytest.raises(SystemUpdateError, match="looks again later"):
+        fetch_release(UpdateConfig(url="http://127.0.0.1:9/ward"))
+
+
+def test_only_the_agents_own_connections_to_the_broker_count(tmp_path: Path) -> None:
+    table = tmp_path / "tcp"
+    rows = [
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode",
+        "   0: 0F02000A:9C40 0202000A:22B3 01 00000000:00000000 00:00000000 00000000   900        0 111 1",
+        "   1: 0F02000A:9C41 0202000A:22B3 02 00000000:00000000 00:00000000 00000000   900        0 222 1",
+        "   2: 0F02000A:9C42 0202000A:22B3 01 00000000:00000000 00:00000000 00000000     0        0 333 1",
+        "   3: 0F02000A:9C43 0202000A:0050 01 00000000:00000000 00:00000000 00000000   900        0 444 1",
+    ]
+    table.write_text("\n".join(rows) + "\n")
+    assert connections(8883, 900, (table, tmp_path / "tcp6")) == {"111"}
