@@ -18,7 +18,7 @@ from cloud.metrics import Metrics
 from cloud.pipeline import Pipeline
 from cloud.routes import DASHBOARD, Service, router
 from cloud.store import Store
-from cloud.transport import GmqttTransport, Transport
+from cloud.transport import Transport, open_transport
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -49,11 +49,11 @@ def create_app(
         The store's URL, the TLS files or a model cannot be used.
     """
     metrics = Metrics()
-    store = Store(config.store)
+    store = Store(config.store, metrics.cpu)
     if engine is None:
-        engine = LocalEngine(config.models, config.batch.max_size, config.engine.threads, metrics.cpu)
+        engine = LocalEngine(config.models, config.batch.max_size, config.engine, metrics.cpu)
     if transport is None:
-        transport = GmqttTransport(config.broker)
+        transport = open_transport(config.broker)
     feed = Feed(metrics.events_dropped)
     pipeline = Pipeline(config, transport=transport, engine=engine, store=store, metrics=metrics, feed=feed)
     service = Service(transport, engine, store, metrics, feed, pipeline)

@@ -112,7 +112,7 @@ async def test_a_slow_reader_misses_events_and_is_told(cloud):
     await anext(stream)
     await cloud.send(cloud.activation())
     records = await cloud.parts.store.results()
-    cloud.parts.feed.publish(records * (QUEUE_SIZE + 6))
+    cloud.parts.feed.publish(records * (QUEUE_SIZE + 6), {})
     for _ in range(QUEUE_SIZE):
         assert (await anext(stream)).startswith(b"event: result")
     assert await anext(stream) == b"event: missed\ndata: 7\n\n"

@@ -4,7 +4,7 @@ import pytest
 
 from cloud.__main__ import main
 from cloud.config import BrokerConfig, CloudConfig, TlsConfig, read_cloud_config
-from cloud.transport import GmqttTransport
+from cloud.transport import open_transport
 from splitward.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def test_half_a_key_pair_is_refused(write):
 
 def test_a_certificate_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"broker\.tls"):
-        GmqttTransport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
+        open_transport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
 
 
 @pytest.mark.parametrize("text", ["", "models = 3", "models = []\n[batch]\nmax_sise = 3"])

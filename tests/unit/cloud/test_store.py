@@ -4,7 +4,8 @@ import pytest
 
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
-from cloud.store import Device, Record, Store
+from cloud.record import Device, Record
+from cloud.store import Store
 from splitward.errors import ConfigError
 from splitward.wire.control import Result, Status
 
