@@ -63,5 +63,6 @@ def check(
         limits.max_age_s and -ahead_s > limits.max_age_s
     ):
         raise MessageError(
-            "clock_skew", f"captured {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'ago'}; set the device's clock."
+            "clock_skew",
+            f"captured {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'ago'}; set the device's clock.",
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cloud.config import EngineConfig
 from cloud.metrics import CpuClock
-from cloud.server_half import LoadedHalf, Scores, load_half
+from cloud.server_half import Scores, load_half
 from splitward.wire.server import ServerCard, read_server_card
 
 SMALLER_SIZES = (4, 8, 16)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,7 +97,7 @@ def build_expansion(expand: nn.Module) -> bytes:
     weight = expand.get_parameter("weight")
     return _finish(
         build, {"released": (weight.shape[1],)}, {"u": (u, TensorProto.FLOAT, weight.shape[0])}
-    ).SerializeToString()
+    )
 
 
 def build_tail(network: ServerHalf) -> bytes:
@@ -136,7 +136,7 @@ def build_tail(network: ServerHalf) -> bytes:
         "decision": (decision, TensorProto.FLOAT, settings.classes),
         "streams": (chosen, TensorProto.INT64, 3),
     }
-    return _finish(build, inputs, outputs).SerializeToString()
+    return _finish(build, inputs, outputs)
 
 
 def _add_attacked(build: _Builder, network: ServerHalf) -> str:
@@ -168,11 +168,14 @@ def _add_attacked(build: _Builder, network: ServerHalf) -> str:
 
 def _finish(
     build: _Builder, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, tuple[str, int, int]]
-) -> ModelProto:
+) -> bytes:
     """Model of the gathered nodes; only the inputs that some node reads. `outputs`: node, type, width."""
-    nodes = [*build.nodes, *(helper.make_node("Identity", [node], [name]) for name, (node, *_) in outputs.items())]
+    nodes = [
+        *build.nodes,
+        *(helper.make_node("Identity", [node], [name]) for name, (node, *_) in outputs.items()),
+    ]
     read = {name for node in nodes for name in node.input}
-    return helper.make_model(
+    model = helper.make_model(
         helper.make_graph(
             nodes,
             "server",
@@ -181,12 +184,16 @@ def _finish(
                 for name, shape in inputs.items()
                 if name in read
             ],
-            [helper.make_tensor_value_info(name, kind, ["n", width]) for name, (_, kind, width) in outputs.items()],
+            [
+                helper.make_tensor_value_info(name, kind, ["n", width])
+                for name, (_, kind, width) in outputs.items()
+            ],
             build.weights,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
     )
+    return bytes(model.SerializeToString())
 
 
 def _bias(module: nn.Conv2d) -> Tensor:

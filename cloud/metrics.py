@@ -45,9 +45,7 @@ class Metrics:
         self.failures = Counter(
             "splitward_failures", "Attempts that failed and are made again.", ["part"], registry=registry
         )
-        self.requests = Counter(
-            "splitward_requests", "HTTP requests.", ["method", "status"], registry=registry
-        )
+        self.requests = Counter("splitward_requests", "HTTP requests.", ["method", "status"], registry=registry)
         self.events_dropped = Counter(
             "splitward_events_dropped", "Events that a slow reader of the stream missed.", registry=registry
         )

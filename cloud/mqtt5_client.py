@@ -12,6 +12,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import mqtt5
 
@@ -106,7 +107,9 @@ class Mqtt5Connection(asyncio.Protocol):
         wanted = [mqtt5.TopicFilter(name, max_qos=mqtt5.QoS.AT_LEAST_ONCE) for name in filters]
         identifier = self._next_identifier()
         answer = await self._ask(identifier, mqtt5.SubscribePacket(identifier, wanted).write())
-        refused = [name for name, code in zip(filters, answer.reason_codes, strict=True) if code not in _GRANTED]
+        refused = [
+            name for name, code in zip(filters, answer.reason_codes, strict=True) if code not in _GRANTED
+        ]
         if refused:
             raise TransportError(f"{self._endpoint} refuses the subscription to {', '.join(refused)}.")
 
@@ -116,7 +119,7 @@ class Mqtt5Connection(asyncio.Protocol):
         self._settled.clear()
         self._drain_outbox()
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: Delivery) -> None:  # noqa: ARG002  # the oldest go first
         """Acknowledge what of the oldest deliveries is done."""
         order, held = self._order, self._held
         while order and order[0].acknowledged:
@@ -156,8 +159,7 @@ class Mqtt5Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  # for the type checker
-        self._socket = transport
+        self._socket = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone: whoever waits for an answer gets an error."""

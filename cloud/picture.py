@@ -32,5 +32,9 @@ def draw_released(values: NDArray[np.generic]) -> Picture:
     step = max(1, -(-max(sheet.shape) // MAX_SIDE))
     sheet = sheet[::step, ::step]
     low, high = float(sheet.min()), float(sheet.max())
-    grey = np.zeros(sheet.shape, np.uint8) if high == low else ((sheet - low) * (255 / (high - low))).astype(np.uint8)
+    grey = (
+        np.zeros(sheet.shape, np.uint8)
+        if high == low
+        else ((sheet - low) * (255 / (high - low))).astype(np.uint8)
+    )
     return Picture(grey.shape[1], grey.shape[0], grey.tobytes())

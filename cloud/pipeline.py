@@ -233,7 +233,9 @@ class Pipeline:
         for arrival in arrivals:
             answer, delivery = answers[arrival.key], arrival.delivery
             if isinstance(answer, Record) and answer.checksum != arrival.checksum:
-                answer = MessageError("replay", "another frame was sent under this boot id and sequence number.")
+                answer = MessageError(
+                    "replay", "another frame was sent under this boot id and sequence number."
+                )
             if isinstance(answer, MessageError):
                 self._refuse(delivery, arrival.activation, answer)
             elif self._send(delivery, encode_control(answer.result)):
@@ -272,7 +274,7 @@ class Pipeline:
 
 def _records(card: ServerCard, arrivals: Iterable[Arrival], scores: Scores, stored_at_ns: int) -> Answers:
     """Record of each arrival, or a refusal where its scores are no numbers."""
-    finite = np.isfinite(scores.decision).all(axis=1).tolist()
+    finite: list[bool] = [bool(row) for row in np.isfinite(scores.decision).all(axis=1)]
     chosen = scores.decision.argmax(axis=1).tolist()
     rows = zip(arrivals, finite, chosen, scores.decision.tolist(), scores.streams.tolist(), strict=True)
     answers: Answers = {}

@@ -18,6 +18,8 @@ from splitward.errors import SplitwardError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when nothing was lost and nothing came twice, else 1; 2 after an error."""
     options = vars(_parser().parse_args(arguments))
+    if options.pop("command") == "load":
+        return _run_load(options)
     source, out = options.pop("config"), options.pop("out")
     try:
         config = FleetConfig() if source is None else read_config(source, FleetConfig)
@@ -25,6 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_report(report))
         if out is not None:
             out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    except (SplitwardError, OSError) as error:
+        print(f"firmware_sim: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.complete else 1
+
+
+def _run_load(options: dict[str, Any]) -> int:
+    """`load`: 0 when every frame has one result."""
+    from firmware_sim.load import LoadConfig, run_load
+
+    out = options.pop("out")
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        report = run_load(build_config(given, LoadConfig, where="flags"))
+        text = msgspec.json.format(msgspec.json.encode(report), indent=2)
+        print(text.decode())
+        if out is not None:
+            out.write_bytes(text)
     except (SplitwardError, OSError) as error:
         print(f"firmware_sim: {error}", file=sys.stderr)
         return 2
@@ -41,7 +61,7 @@ def _overlay(config: FleetConfig, options: dict[str, Any]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="firmware_sim", description="Simulated devices of Splitward.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     fleet = commands.add_parser("fleet", help="run devices on recorded frames and count what became of them")
     fleet.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the flags below override it")
     fleet.add_argument("--devices", type=int, metavar="N")
@@ -56,4 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--host", metavar="HOST")
     fleet.add_argument("--port", type=int, metavar="PORT")
     fleet.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    load = commands.add_parser("load", help="load a cloud with many light devices; report losses and percentiles")
+    load.add_argument("--card", metavar="FILE.server.json", help="of the model whose messages are sent")
+    load.add_argument("--devices", type=int, metavar="N")
+    load.add_argument("--frames", type=int, metavar="N", help="of all devices together")
+    load.add_argument("--rate-hz", type=float, metavar="HZ", help="of all devices together; 0: as fast as may be")
+    load.add_argument("--window", type=int, metavar="N", help="unanswered frames of a device, without a rate")
+    load.add_argument("--retry-s", type=float, metavar="S")
+    load.add_argument("--timeout-s", type=float, metavar="S")
+    load.add_argument("--host", metavar="HOST")
+    load.add_argument("--port", type=int, metavar="PORT")
+    load.add_argument("--prefix", metavar="NAME", help="the devices are NAME-0, NAME-1, ...")
+    load.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     return parser

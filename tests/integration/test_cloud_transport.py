@@ -43,7 +43,9 @@ def broker(request):
 async def transport_to(broker, **changes) -> AsyncIterator[tuple[SteadyTransport, asyncio.Queue[Delivery]]]:
     """Connected transport, and the queue of what it delivers."""
     expiry_s = 3600 if broker.kind == "mosquitto" else 0
-    config = BrokerConfig(client=CLIENT, host=broker.host, port=broker.port, session_expiry_s=expiry_s, **changes)
+    config = BrokerConfig(
+        client=CLIENT, host=broker.host, port=broker.port, session_expiry_s=expiry_s, **changes
+    )
     transport = open_transport(config)
     inbox: asyncio.Queue[Delivery] = asyncio.Queue()
     await transport.start(lambda some: [inbox.put_nowait(one) for one in some])

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from cloud.config import EngineConfig
 from cloud.engine import LocalEngine, Scores
-from cloud.server_half import TOLERANCE
 from cloud.metrics import CpuClock
+from cloud.server_half import TOLERANCE
 from splitward.method.halves import NetworkSettings, ServerHalf
 from splitward.training.run import save_tensors
 from splitward.wire.release import ReleaseLaw
@@ -78,8 +78,7 @@ def released(network: NetworkSettings, count: int, seed: int = 0) -> NDArray[np.
 def rows_of(scores: Scores) -> list[bytes]:
     """Every bit that the engine says of each frame."""
     return [
-        scores.decision[row].tobytes() + scores.streams[row].tobytes()
-        for row in range(len(scores.decision))
+        scores.decision[row].tobytes() + scores.streams[row].tobytes() for row in range(len(scores.decision))
     ]
 
 

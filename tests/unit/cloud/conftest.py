@@ -141,7 +141,9 @@ class Cloud:
         }
         return Activation(**(fields | changes))
 
-    async def send(self, activation: Activation, *, device: str = "pi-1", answered: bool = True) -> FakeDelivery:
+    async def send(
+        self, activation: Activation, *, device: str = "pi-1", answered: bool = True
+    ) -> FakeDelivery:
         """Deliver an activation and, if `answered`, wait until it is acknowledged."""
         delivery = await self.transport.send(topics.activation("ward", device), encode(activation))
         if answered:

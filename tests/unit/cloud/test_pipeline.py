@@ -68,7 +68,10 @@ async def test_another_frame_under_the_same_name_is_refused_as_a_replay(cloud):
 async def test_another_frame_under_the_same_name_in_one_batch_is_refused_too(cloud):
     deliveries = [await cloud.send(cloud.activation(1, (n, 0, 0)), answered=False) for n in (1, 2)]
     await asyncio.wait_for(asyncio.gather(*(one.done.wait() for one in deliveries)), 5)
-    assert [getattr(reply, "reason", "result") for _, reply in cloud.transport.published] == ["result", "replay"]
+    assert [getattr(reply, "reason", "result") for _, reply in cloud.transport.published] == [
+        "result",
+        "replay",
+    ]
 
 
 async def test_a_frame_that_another_worker_stored_meanwhile_gets_that_workers_result(cloud, monkeypatch):
@@ -86,7 +89,9 @@ async def test_a_capture_time_in_the_future_is_refused(cloud):
 
 
 async def test_an_outcome_is_noted_and_a_message_on_a_topic_of_ours_is_refused(cloud):
-    await cloud.transport.send(topics.outcome("ward", "pi-1"), encode_control(Outcome("0" * 32, "bundle", "done")))
+    await cloud.transport.send(
+        topics.outcome("ward", "pi-1"), encode_control(Outcome("0" * 32, "bundle", "done"))
+    )
     await cloud.transport.send(topics.result("ward", "pi-1"), b"{}")
     assert cloud.metric("splitward_messages_total", outcome="outcome") == 1
     assert cloud.metric("splitward_refusals_total", reason="bad_topic") == 1
