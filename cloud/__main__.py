@@ -43,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     settings = uvicorn.Config(
-        app, config.api.host, config.api.port, loop="auto", log_config=None, access_log=False, server_header=False
+        app,
+        config.api.host,
+        config.api.port,
+        loop="auto",
+        log_config=None,
+        access_log=False,
+        server_header=False,
     )
     server = _Server(settings, app.state.service.feed)
     for ended in (signal.SIGTERM, signal.SIGINT):

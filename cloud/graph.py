@@ -95,9 +95,7 @@ def build_expansion(expand: nn.Module) -> bytes:
     build = _Builder()
     u = build.add(expand, "released")
     weight = expand.get_parameter("weight")
-    return _finish(
-        build, {"released": (weight.shape[1],)}, {"u": (u, TensorProto.FLOAT, weight.shape[0])}
-    )
+    return _finish(build, {"released": (weight.shape[1],)}, {"u": (u, TensorProto.FLOAT, weight.shape[0])})
 
 
 def build_tail(network: ServerHalf) -> bytes:

@@ -76,11 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--host", metavar="HOST")
     fleet.add_argument("--port", type=int, metavar="PORT")
     fleet.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
-    load = commands.add_parser("load", help="load a cloud with many light devices; report losses and percentiles")
+    load = commands.add_parser(
+        "load", help="load a cloud with many light devices; report losses and percentiles"
+    )
     load.add_argument("--card", metavar="FILE.server.json", help="of the model whose messages are sent")
     load.add_argument("--devices", type=int, metavar="N")
     load.add_argument("--frames", type=int, metavar="N", help="of all devices together")
-    load.add_argument("--rate-hz", type=float, metavar="HZ", help="of all devices together; 0: as fast as may be")
+    load.add_argument(
+        "--rate-hz", type=float, metavar="HZ", help="of all devices together; 0: as fast as may be"
+    )
     load.add_argument("--window", type=int, metavar="N", help="unanswered frames of a device, without a rate")
     load.add_argument("--retry-s", type=float, metavar="S")
     load.add_argument("--timeout-s", type=float, metavar="S")

@@ -139,7 +139,7 @@ class _Device(asyncio.Protocol):
             except (OSError, TimeoutError):
                 await asyncio.sleep(0.2)
                 continue
-            while self.ready.is_set():  # noqa: ASYNC110  # a lost connection is rare, and nothing waits on it
+            while self.ready.is_set():  # a lost connection is rare, and nothing waits on it
                 await asyncio.sleep(0.1)
             self.reconnects += 1
 

@@ -100,7 +100,7 @@ def start(tmp_path: Path, card: Path) -> Callable:
             f'models = ["{card}"]\n'
             f'[broker]\nhost = "{broker.host}"\nport = {broker.port}\nsession_expiry_s = {expiry_s}\n'
             f"[api]\nport = {port}\n"
-            f'[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n'
+            f'[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n[fleet]\nstate_dir = "{tmp_path}/fleet"\n'
         )
         process = subprocess.Popen([sys.executable, "-m", "cloud", "--config", str(config)])
         try:
@@ -132,7 +132,7 @@ def test_from_activation_to_result(fixture, request, start):
     broker = request.getfixturevalue(fixture)
     with start(broker) as (process, http):
         device = Device(broker)
-        with http.stream("GET", "/events", timeout=TIMEOUT_S) as events:
+        with http.stream("GET", "/v1/events", timeout=TIMEOUT_S) as events:
             result = device.ask(0)
             lines = events.iter_lines()
             data = next(line for line in lines if line.startswith("data: "))
@@ -140,7 +140,7 @@ def test_from_activation_to_result(fixture, request, start):
         assert sum(result.scores) == pytest.approx(1, abs=1e-5)
         event = json.loads(data.removeprefix("data: "))
         assert (event["device"], event["result"]["stored_at_ns"]) == ("pi-1", result.stored_at_ns)
-        assert http.get("/results").json()["results"] == [event]
+        assert http.get("/v1/results").json()["results"] == [event]
         refusal = device.ask(1, model=b"?" * 16)
         assert isinstance(refusal, Refusal)
         assert refusal.reason == "unknown_model"
@@ -163,13 +163,13 @@ def test_a_killed_service_and_a_killed_broker_lose_nothing_and_count_nothing_twi
         mosquitto.start()
         answers += [device.ask(sequence) for sequence in range(20, 40)]
         assert answers[0] == first
-        stored = http.get("/results", params={"after": "0", "limit": 1000}).json()["results"]
+        stored = http.get("/v1/results", params={"after": "0", "limit": 1000}).json()["results"]
         assert sorted(item["result"]["sequence"] for item in stored) == list(range(40))
     device.stop()
 
 
 def test_sigterm_with_an_open_event_stream_drains_at_once(mosquitto, start):
-    with start(mosquitto) as (process, http), http.stream("GET", "/events", timeout=TIMEOUT_S) as events:
+    with start(mosquitto) as (process, http), http.stream("GET", "/v1/events", timeout=TIMEOUT_S) as events:
         assert next(events.iter_lines()) == ": open"
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
