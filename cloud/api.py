@@ -300,7 +300,7 @@ async def add_bundle(parts: Parts, caller: Operator, request: Request) -> Respon
 @router.get("/bundles")
 async def bundles(parts: Parts, _: Reader) -> Response:
     """Every bundle with its manifest, certificate included, newest first."""
-    return as_json({"bundles": await parts.registry.list()})
+    return as_json({"bundles": await parts.registry.every()})
 
 
 @router.get("/bundles/{model}/file", dependencies=[Depends(count_stranger)])
@@ -326,7 +326,7 @@ async def create_rollout(parts: Parts, caller: Operator, body: NewRollout) -> Re
 @router.get("/rollouts")
 async def rollouts(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
     """The last roll-outs and the states of their orders."""
-    return as_json({"rollouts": await parts.rollouts.list(limit)})
+    return as_json({"rollouts": await parts.rollouts.latest(limit)})
 
 
 @router.post("/rollouts/{rollout}/halt")

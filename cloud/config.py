@@ -117,31 +117,21 @@ class BatchConfig(msgspec.Struct, frozen=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Where and with what the server half computes.
+    """With what the server half computes.
 
     Attributes
     ----------
-    kind : "local" or "ray"
-        In this process, or on the replicas of a Ray cluster.
     backend : "auto", "compiled" or "torch"
         "auto" compiles for the CPU where the model allows it.
     device : str
         torch's name of the device, such as "cuda".
     threads : int
         Threads that one server half computes with.
-    ray_address : str
-        Of the cluster, for "ray"; empty starts one here.
-    min_replicas, max_replicas : int
-        Of "ray", between which it scales by load.
     """
 
-    kind: Literal["local", "ray"] = "local"
     backend: Literal["auto", "compiled", "torch"] = "auto"
     device: str = "cpu"
     threads: Count = 1
-    ray_address: str = ""
-    min_replicas: Count = 1
-    max_replicas: Count = 4
 
 
 class LimitsConfig(msgspec.Struct, frozen=True):
@@ -186,11 +176,10 @@ class FleetConfig(msgspec.Struct, frozen=True):
 
 
 class LogConfig(msgspec.Struct, frozen=True):
-    """What the log says, and where traces go (`otlp`, an OTLP/HTTP address; needs the `telemetry` extra)."""
+    """What the log says, as text or as one JSON object a line."""
 
     format: Literal["text", "json"] = "text"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    otlp: str | None = None
 
 
 class CloudConfig(msgspec.Struct, frozen=True):

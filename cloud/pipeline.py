@@ -274,7 +274,7 @@ class Pipeline:
 
 def _records(card: ServerCard, arrivals: Iterable[Arrival], scores: Scores, stored_at_ns: int) -> Answers:
     """Record of each arrival, or a refusal where its scores are no numbers."""
-    finite: list[bool] = [bool(row) for row in np.isfinite(scores.decision).all(axis=1)]
+    finite = np.asarray(np.isfinite(scores.decision).all(axis=1)).tolist()
     chosen = scores.decision.argmax(axis=1).tolist()
     rows = zip(arrivals, finite, chosen, scores.decision.tolist(), scores.streams.tolist(), strict=True)
     answers: Answers = {}

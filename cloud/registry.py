@@ -68,7 +68,7 @@ class Registry:
             raise Problem(404, "unknown_bundle", f"no bundle has the model id {model}. Upload it first.")
         return dict(rows[0])
 
-    async def list(self) -> list[dict[str, Any]]:
+    async def every(self) -> list[dict[str, Any]]:
         """Every bundle, newest first."""
         query = select(tables.bundles).order_by(tables.bundles.c.added_at_ns.desc())
         return [dict(row) for row in await self._store.read(query)]

@@ -130,7 +130,7 @@ class Rollouts:
             await audit.record(connection, actor, "rollout.create", row["id"], model=plan.model, site=plan.site)
         return row
 
-    async def list(self, limit: int = 100) -> list[dict[str, Any]]:
+    async def latest(self, limit: int = 100) -> list[dict[str, Any]]:
         """The last roll-outs, each with its orders counted by state."""
         rollouts, orders = tables.rollouts, tables.orders.c
         rows = await self._store.read(select(rollouts).order_by(rollouts.c.created_at_ns.desc()).limit(limit))

@@ -108,10 +108,8 @@ class _Device(asyncio.Protocol):
     def publish(self) -> None:
         """Make a frame and publish it."""
         law, sequence = self._card.release, len(self.answers) + len(self.open)
-        if law.dtype == "int8":
-            values = self._random.integers(-127, 128, law.shape).astype(np.int8)
-        else:
-            values = self._random.standard_normal(law.shape, np.float32)
+        steps = self._random.integers(-127, 128, law.shape)
+        values = steps.astype(np.int8) if law.dtype == "int8" else steps.astype(np.float32)
         message = encode(
             Activation(self.name, self.boot, sequence, time.time_ns(), self._model, values, law.scale)
         )
