@@ -31,4 +31,5 @@ def start_log(config: LogConfig) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if config.format == "json" else text)
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("gmqtt").setLevel(logging.ERROR)  # cloud.transport reports what matters of it

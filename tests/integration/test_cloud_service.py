@@ -139,6 +139,7 @@ def test_from_activation_to_result(fixture, request, start):
         assert isinstance(result, Result)
         assert sum(result.scores) == pytest.approx(1, abs=1e-5)
         event = json.loads(data.removeprefix("data: "))
+        assert event.pop("released")["width"] == 4  # 16 values, drawn 4 by 4
         assert (event["device"], event["result"]["stored_at_ns"]) == ("pi-1", result.stored_at_ns)
         assert http.get("/v1/results").json()["results"] == [event]
         refusal = device.ask(1, model=b"?" * 16)

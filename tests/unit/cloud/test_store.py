@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import insert, table, text
+from sqlalchemy import column, insert, table, text
 
 from cloud import audit, tables
 from cloud.config import StoreConfig
@@ -122,7 +122,7 @@ async def test_a_database_of_the_first_form_keeps_its_results(url):
     store = Store(StoreConfig(url))
     await asyncio.to_thread(upgrade, url, "0001")
     row = {name: value for name, value in _row(record(7)).items() if name != "checksum"}
-    first = [column for column in tables.results.columns if column.name != "checksum"]
+    first = [column(one.name, one.type) for one in tables.results.columns if one.name != "checksum"]
     async with store.write() as connection:
         await connection.execute(insert(table("results", *first)).values(row))
         await connection.execute(text("DROP TABLE alembic_version"))
