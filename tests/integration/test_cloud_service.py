@@ -53,6 +53,7 @@ class Device:
 
     def __init__(self, broker) -> None:
         self.replies: queue.Queue[Result | Refusal] = queue.Queue()
+        self._spool: dict[tuple[int, bytes], bytes] = {}
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, "pi-1", protocol=paho.MQTTv5)
         self._client.on_message = lambda _client, _data, message: self.replies.put(
             decode_reply(message.payload)
@@ -64,9 +65,11 @@ class Device:
         self._client.publish(topics.status("ward", "pi-1"), encode_control(Status("online")), 1, retain=True)
 
     def publish(self, sequence: int, model: bytes = MODEL) -> None:
-        values = np.random.default_rng(sequence).integers(-127, 128, 16).astype(np.int8)
-        activation = Activation("pi-1", BOOT, sequence, time.time_ns(), model, values, LAW.scale)
-        self._client.publish(topics.activation("ward", "pi-1"), encode(activation), qos=1)
+        if (sequence, model) not in self._spool:  # what is sent again is sent byte for byte
+            values = np.random.default_rng(sequence).integers(-127, 128, 16).astype(np.int8)
+            activation = Activation("pi-1", BOOT, sequence, time.time_ns(), model, values, LAW.scale)
+            self._spool[sequence, model] = encode(activation)
+        self._client.publish(topics.activation("ward", "pi-1"), self._spool[sequence, model], qos=1)
 
     def ask(self, sequence: int, **changes) -> Result | Refusal:
         """Publish until the reply to `sequence` comes."""
