@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := edge,edge-tflite,dicom,camera,cloud,train,broker,dev
 SOURCES := splitward edge cloud export firmware_sim tests benchmarks
 
-.PHONY: help setup demo test check format bench constraints mosquitto emulators image-container bench-arm64 clean
+.PHONY: help setup demo test check format bench constraints mosquitto postgresql emulators image-container bench-arm64 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup mosquitto emulators check ## everything that is tested; a skip says what is missing
+test: setup mosquitto postgresql emulators check ## everything that is tested; a skip says what is missing
 	$(BIN)/python -m pytest $(PYTEST)
 
 check: setup ## style, types, and who may import whom
@@ -63,6 +63,13 @@ image-container: ## the device's container for arm64, with buildah; OUT=FILE BAS
 
 bench-arm64: setup emulators ## image, container and machines under emulation, to docs/results/arm64.json; as root
 	$(BIN)/python -m benchmarks.arm64
+
+# Likewise the tests' real PostgreSQL.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql > /dev/null; \
+	else echo "postgresql is not installed: its tests will be skipped (apt install postgresql)"; fi
 
 constraints: setup ## pin what is installed now
 	@{ sed -n '1,2p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

@@ -1,39 +1,45 @@
-"""What may enter a batch: an activation that its topic, its model's card and the store agree with."""
+"""What may enter a batch: an activation that its topic, its model's card, the clock and the store agree with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from cloud.store import MAX_INTEGER, Key
+import msgspec
+
+from cloud.config import LimitsConfig
+from cloud.record import MAX_INTEGER, Key
 from cloud.transport import Delivery
 from splitward.errors import MessageError
 from splitward.wire.message import Activation
 from splitward.wire.server import ServerCard
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True, eq=False):
     """A delivery whose activation was decoded and checked."""
 
     delivery: Delivery
     site: str
     activation: Activation
     received_at_ns: int
+    key: Key
+    """Name of the frame."""
 
     @property
-    def key(self) -> Key:
-        """Name of the frame."""
-        return self.activation.device, self.activation.boot.hex(), self.activation.sequence
+    def checksum(self) -> int:
+        """The message's CRC-32, which `decode` found right."""
+        return int.from_bytes(self.delivery.payload[-4:], "little")
 
 
-def check(activation: Activation, device: str, cards: Mapping[bytes, ServerCard]) -> None:
-    """Refuse an activation that is not what its topic's `device` may send for its model.
+def check(
+    activation: Activation, device: str, cards: Mapping[bytes, ServerCard], now_ns: int, limits: LimitsConfig
+) -> None:
+    """Refuse an activation that is not what its topic's `device` may send for its model now.
 
     Raises
     ------
     MessageError
-        `wrong_device`, `unknown_model`, `wrong_shape`, `wrong_dtype`, `wrong_scale` or `out_of_range`.
+        `wrong_device`, `unknown_model`, `wrong_shape`, `wrong_dtype`, `wrong_scale`, `out_of_range` or
+        `clock_skew`.
     """
     if activation.device != device:
         raise MessageError("wrong_device", f"device {activation.device} sent on the topic of {device}.")
@@ -52,3 +58,11 @@ def check(activation: Activation, device: str, cards: Mapping[bytes, ServerCard]
         raise MessageError("wrong_scale", f"{given}; {card.name} releases scale {law.scale}, zero point 0.")
     if max(activation.sequence, activation.captured_at_ns) > MAX_INTEGER:
         raise MessageError("out_of_range", f"sequence and capture time must not exceed {MAX_INTEGER}.")
+    ahead_s = (activation.captured_at_ns - now_ns) / 1e9
+    if (limits.max_ahead_s and ahead_s > limits.max_ahead_s) or (
+        limits.max_age_s and -ahead_s > limits.max_age_s
+    ):
+        raise MessageError(
+            "clock_skew",
+            f"captured {abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'ago'}; set the device's clock.",
+        )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cloud import api
+from cloud.access import Access
+from cloud.authority import Authority
 from cloud.config import CloudConfig
 from cloud.engine import Engine, LocalEngine
+from cloud.enrolment import Enrolment
 from cloud.feed import Feed
+from cloud.guard import Guard
 from cloud.metrics import Metrics
 from cloud.pipeline import Pipeline
+from cloud.problem import answer_with_problems
+from cloud.registry import Registry
+from cloud.retention import keep_retention
+from cloud.rollout import Rollouts
 from cloud.routes import DASHBOARD, Service, router
 from cloud.store import Store
-from cloud.transport import GmqttTransport, Transport
+from cloud.transport import Transport, open_transport
+from splitward.wire.bundle import read_trusted_key
 
-SECURITY_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 """Any other Host header comes from a page that points its own name at this machine (DNS rebinding)."""
 
@@ -49,14 +51,43 @@ def create_app(
         The store's URL, the TLS files or a model cannot be used.
     """
     metrics = Metrics()
-    store = Store(config.store)
+    store = Store(config.store, metrics.cpu)
     if engine is None:
-        engine = LocalEngine(config.models, config.batch.max_size, config.engine.threads, metrics.cpu)
+        engine = LocalEngine(config.models, config.batch.max_size, config.engine, metrics.cpu)
     if transport is None:
-        transport = GmqttTransport(config.broker)
+        transport = open_transport(config.broker)
     feed = Feed(metrics.events_dropped)
-    pipeline = Pipeline(config, transport=transport, engine=engine, store=store, metrics=metrics, feed=feed)
-    service = Service(transport, engine, store, metrics, feed, pipeline)
+    fleet, state = config.fleet, Path(config.fleet.state_dir)
+    authority = Authority(state)
+    trusted = read_trusted_key(Path(fleet.trusted_key)) if fleet.trusted_key else None
+    registry = Registry(store, state / "bundles", trusted)
+    address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"
+    rollouts = Rollouts(store, transport, authority, registry, fleet, address, metrics)
+    pipeline = Pipeline(
+        config,
+        transport=transport,
+        engine=engine,
+        store=store,
+        metrics=metrics,
+        feed=feed,
+        on_outcome=rollouts.note_outcome,
+    )
+    enrolment = Enrolment(store, authority, fleet)
+    access = Access(store, config.api)
+    service = Service(
+        transport,
+        engine,
+        store,
+        metrics,
+        feed,
+        pipeline,
+        access,
+        authority,
+        enrolment,
+        registry,
+        rollouts,
+        fleet,
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -67,28 +98,24 @@ def create_app(
             await engine.start()
             await pipeline.start()
             stack.push_async_callback(pipeline.drain)
+            stack.push_async_callback(rollouts.write_outcomes)
+            for work in (rollouts.keep(), keep_retention(store, config.store, metrics)):
+                stack.push_async_callback(_end, asyncio.create_task(work))
             yield
 
     # FastAPI's own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="Splitward cloud", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Splitward cloud", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.include_router(api.router)
     app.mount("/dashboard", StaticFiles(directory=DASHBOARD))
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES)
-    app.add_middleware(_SecureHeaders)
+    answer_with_problems(app)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OWN_NAMES, *config.api.names])
+    app.add_middleware(Guard, max_body_bytes=config.api.max_body_bytes, requests=metrics.requests)
     return app
 
 
-class _SecureHeaders:
-    """Adds `SECURITY_HEADERS` to every answer, streams included."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(SECURITY_HEADERS)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

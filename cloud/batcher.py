@@ -1,86 +1,110 @@
-"""Micro-batches: collects what belongs together until there is enough of it or it has waited long enough."""
+"""Adaptive micro-batches: collects what belongs together while the load promises that waiting pays."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+SMOOTHING = 0.1
+"""Share of the newest observation in the mean time between two items."""
+
+
+class _Lane(Generic[T]):
+    """Items of one model, and how fast they come."""
+
+    def __init__(self) -> None:
+        self.items: deque[T] = deque()
+        self.first_at = 0.0
+        self.last_at = 0.0
+        self.gap_s = 1.0
 
 
 class Batcher(Generic[T]):
     """One lane per model, because a batch runs through one network.
 
+    A full lane leaves at once. Another one waits while its rate of arrival promises at least one more item within
+    `max_wait_s` of its first one's arrival, and no longer than filling it would take at that rate: at low load
+    nothing waits in vain, at high load batches are full. What a lane may hold is bounded by the transport, which
+    stops reading.
+
     Parameters
     ----------
     max_size : int
-        A lane with so many items leaves at once.
+        Items in a batch.
     max_wait_s : float
-        A lane leaves when its first item has waited so long.
-    max_held : int
-        `put` waits while the lanes together hold so many.
+        Longest wait of a lane's first item.
     """
 
-    def __init__(self, max_size: int, max_wait_s: float, max_held: int) -> None:
+    def __init__(self, max_size: int, max_wait_s: float) -> None:
         self._max_size = max_size
         self._max_wait_s = max_wait_s
-        self._max_held = max_held
-        self._lanes: dict[bytes, deque[tuple[float, T]]] = {}
-        self._changed = asyncio.Condition()
+        self._lanes: dict[bytes, _Lane[T]] = {}
+        self._changed = asyncio.Event()
         self._closed = False
 
     @property
     def held(self) -> int:
         """Items that wait in the lanes."""
-        return sum(map(len, self._lanes.values()))
+        return sum(len(lane.items) for lane in self._lanes.values())
 
-    async def put(self, model: bytes, item: T) -> bool:
-        """Add `item`, waiting for room; False, and it was not added, once the batcher is closed."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or self.held < self._max_held)
-            if self._closed:
-                return False
-            self._lanes.setdefault(model, deque()).append((time.monotonic(), item))
-            self._changed.notify_all()
-            return True
+    def put(self, model: bytes, items: Iterable[T]) -> bool:
+        """Add `items`; False, and they were not added, once the batcher is closed."""
+        if self._closed:
+            return False
+        now, lane = time.monotonic(), self._lanes.get(model)
+        if lane is None:
+            lane = self._lanes[model] = _Lane()
+        if not lane.items:
+            lane.first_at = now
+        before = len(lane.items)
+        lane.items.extend(items)
+        count = len(lane.items) - before
+        if count:
+            gap_s = min(1.0, now - lane.last_at) / count
+            lane.gap_s += min(1.0, SMOOTHING * count) * (gap_s - lane.gap_s)
+            lane.last_at = now
+            self._changed.set()
+        return True
 
     async def take(self) -> tuple[bytes, list[T]] | None:
         """The next model and its batch; None when the batcher is closed and empty."""
-        async with self._changed:
-            while True:
-                await self._changed.wait_for(lambda: self._closed or self._lanes)
-                if not self._lanes:
+        while True:
+            self._changed.clear()
+            waiting = [(self._due_at(lane), model) for model, lane in self._lanes.items() if lane.items]
+            if not waiting:
+                if self._closed:
                     return None
-                model, due_at = self._next_lane()
-                if self._closed or due_at <= time.monotonic():
-                    return model, self._leave(model)
-                try:
-                    async with asyncio.timeout(due_at - time.monotonic()):
-                        await self._changed.wait()
-                except TimeoutError:
-                    continue  # the lane is due now
+                await self._changed.wait()
+                continue
+            due_at, model = min(waiting)
+            rest_s = due_at - time.monotonic()
+            if rest_s <= 0 or self._closed:
+                return model, self._leave(self._lanes[model])
+            try:
+                async with asyncio.timeout(rest_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue  # the lane is due now
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Accept nothing more; what is held leaves without waiting."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._changed.set()
 
-    def _next_lane(self) -> tuple[bytes, float]:
-        """The lane that is due first, and when; a full one has been due since its first item came."""
+    def _due_at(self, lane: _Lane[T]) -> float:
+        missing = self._max_size - len(lane.items)
+        if missing <= 0 or lane.gap_s > self._max_wait_s:
+            return lane.first_at
+        return lane.first_at + min(self._max_wait_s, missing * lane.gap_s)
 
-        def due_at(lane: deque[tuple[float, T]]) -> float:
-            return lane[0][0] + (0.0 if len(lane) >= self._max_size else self._max_wait_s)
-
-        model = min(self._lanes, key=lambda name: due_at(self._lanes[name]))
-        return model, due_at(self._lanes[model])
-
-    def _leave(self, model: bytes) -> list[T]:
-        lane = self._lanes[model]
-        batch = [lane.popleft()[1] for _ in range(min(self._max_size, len(lane)))]
-        if not lane:
-            del self._lanes[model]
-        self._changed.notify_all()
+    def _leave(self, lane: _Lane[T]) -> list[T]:
+        batch = [lane.items.popleft() for _ in range(min(self._max_size, len(lane.items)))]
+        lane.first_at = time.monotonic()  # of the rest, nearly
+        if lane.items:
+            self._changed.set()  # another taker may go on with the rest
         return batch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -28,19 +29,23 @@ class BrokerConfig(msgspec.Struct, frozen=True):
 
     Attributes
     ----------
+    client : "mqtt5" or "gmqtt"
+        The MQTT client; mqtt5 costs a fraction of the CPU time.
     group : str
         Workers of one group divide the activations among them.
     client_id : str
-        One for each worker, and the same after a restart, so that the broker keeps its session.
+        One for each worker, and the same after a restart, so that the broker keeps its session. `{host}` stands
+        for the host's name: the pod's, in a StatefulSet.
     session_expiry_s : int
         How long the broker keeps the session of a worker that is away; 0 for the embedded broker, which dies of
         a kept session with unacknowledged messages of a shared subscription.
-    max_in_flight : int
-        Most messages in hand, unacknowledged, at any time.
+    max_in_flight, max_in_flight_per_device, max_held_bytes : int
+        Most messages in hand, unacknowledged, at any time; of one device; and their bytes.
     max_packet_bytes : int
         Larger messages are not accepted from the broker.
     """
 
+    client: Literal["mqtt5", "gmqtt"] = "mqtt5"
     host: str = "127.0.0.1"
     port: Port = 1883
     username: str | None = None
@@ -49,35 +54,132 @@ class BrokerConfig(msgspec.Struct, frozen=True):
     group: str = "cloud"
     client_id: str = "splitward-cloud-1"
     session_expiry_s: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 3600
-    max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 128
+    max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 512
+    max_in_flight_per_device: Count = 512
+    max_held_bytes: Count = 64 << 20
     max_packet_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 1 << 20
 
 
 class ApiConfig(msgspec.Struct, frozen=True):
-    """Where the API and the dashboard listen: loopback only, because they ask for no token yet."""
+    """Where the API and the dashboard listen.
+
+    Attributes
+    ----------
+    host : str
+        Beyond loopback `cert` and `key` are needed, and every request needs a token.
+    cert, key : str, optional
+        PEM files; with them the API speaks HTTPS.
+    names : tuple of str
+        Host names by which it may be asked, beside loopback's; any other is refused.
+    require_token : bool
+        Ask for tokens on loopback, too.
+    max_body_bytes : int
+        Of a request, other than the upload of a bundle.
+    requests_per_s, burst : float, int
+        Of each token, and of each address without one.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8080
+    cert: str | None = None
+    key: str | None = None
+    names: tuple[str, ...] = ()
+    require_token: bool = False
+    max_body_bytes: Count = 1 << 20
+    requests_per_s: Annotated[float, msgspec.Meta(gt=0)] = 50.0
+    burst: Count = 200
 
 
 class StoreConfig(msgspec.Struct, frozen=True):
-    """SQLAlchemy URL of the database."""
+    """SQLAlchemy URL of the database, and how much it keeps.
+
+    Attributes
+    ----------
+    url : str
+        `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
+    max_dead_letters : int
+        Newest refused messages that are kept.
+    retention_days : float
+        Results older than this are deleted; 0 keeps them all. The audit trail is never deleted.
+    """
 
     url: str = "sqlite+aiosqlite:///cloud.db"
     max_dead_letters: Count = 1000
+    retention_days: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class BatchConfig(msgspec.Struct, frozen=True):
-    """A micro-batch leaves when it holds `max_size` frames or its first has waited `max_wait_ms`."""
+    """A micro-batch leaves when it holds `max_size` frames, or when the load promises no fuller one in time: at
+    the latest when its first frame has waited `max_wait_ms`."""
 
-    max_size: Count = 32
-    max_wait_ms: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    max_size: Count = 64
+    max_wait_ms: Annotated[float, msgspec.Meta(ge=0)] = 4.0
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Threads that the server half computes with."""
+    """With what the server half computes.
 
+    Attributes
+    ----------
+    backend : "auto", "compiled" or "torch"
+        "auto" compiles for the CPU where the model allows it.
+    device : str
+        torch's name of the device, such as "cuda".
+    threads : int
+        Threads that one server half computes with.
+    """
+
+    backend: Literal["auto", "compiled", "torch"] = "auto"
+    device: str = "cpu"
     threads: Count = 1
+
+
+class LimitsConfig(msgspec.Struct, frozen=True):
+    """What is refused though it is well formed; 0 stands for no limit.
+
+    Attributes
+    ----------
+    max_ahead_s, max_age_s : float
+        How far the capture time may lie in the future, and in the past.
+    """
+
+    max_ahead_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    max_age_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class FleetConfig(msgspec.Struct, frozen=True):
+    """Enrolment of devices, and the bundles that they run.
+
+    Attributes
+    ----------
+    state_dir : str
+        Keys of the certificate authority and of orders (made at the first start), and the bundles' files.
+    trusted_key : str, optional
+        Public key that bundles are signed with; without it no device enrols and no bundle is taken.
+    broker_host, broker_port : str, int
+        Where devices find the broker.
+    public_url : str
+        Address of this API as devices see it; empty: `https://` or `http://` and the API's own address.
+    certificate_days : float
+        Life of a device's certificate.
+    ticket_s : float
+        Life of the address of a bundle's file.
+    """
+
+    state_dir: str = "fleet"
+    trusted_key: str | None = None
+    broker_host: str = ""
+    broker_port: Port = 8883
+    public_url: str = ""
+    certificate_days: Annotated[float, msgspec.Meta(gt=0)] = 365.0
+    ticket_s: Annotated[float, msgspec.Meta(gt=0)] = 24 * 3600.0
+
+
+class LogConfig(msgspec.Struct, frozen=True):
+    """What the log says, as text or as one JSON object a line."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
 class CloudConfig(msgspec.Struct, frozen=True):
@@ -89,6 +191,9 @@ class CloudConfig(msgspec.Struct, frozen=True):
     store: StoreConfig = StoreConfig()
     batch: BatchConfig = BatchConfig()
     engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+    fleet: FleetConfig = FleetConfig()
+    log: LogConfig = LogConfig()
 
 
 def read_cloud_config(path: Path) -> CloudConfig:
@@ -100,18 +205,25 @@ def read_cloud_config(path: Path) -> CloudConfig:
         As `read_config`, or the API would listen beyond loopback, or the TLS files are incomplete.
     """
     config = read_config(path, CloudConfig)
-    if not _is_loopback(config.api.host):
+    api, tls = config.api, config.broker.tls
+    if (api.cert is None) != (api.key is None):
+        raise ConfigError(f"{path}: api needs cert and key together. Give both, or neither.")
+    if api.cert is None and not is_loopback(api.host):
         raise ConfigError(
-            f"{path}: api.host {config.api.host!r} is not a loopback address, and the API asks for no token. "
-            "Use 127.0.0.1, and a reverse proxy that authenticates if others must reach it."
+            f"{path}: api.host {api.host!r} is not a loopback address, and tokens must not travel in the clear. "
+            "Give api.cert and api.key, or use 127.0.0.1 behind a reverse proxy that ends TLS."
         )
-    tls = config.broker.tls
     if tls is not None and (tls.cert is None) != (tls.key is None):
         raise ConfigError(f"{path}: broker.tls needs cert and key together. Give both, or neither.")
-    return config
+    return msgspec.structs.replace(config, broker=_named(config.broker))
 
 
-def _is_loopback(host: str) -> bool:
+def _named(broker: BrokerConfig) -> BrokerConfig:
+    return msgspec.structs.replace(broker, client_id=broker.client_id.replace("{host}", socket.gethostname()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, not an address

@@ -1,4 +1,4 @@
-"""The server half, behind an interface: recover, infer the three streams, fuse, decide."""
+"""Where the server half runs, behind an interface: recover, infer the three streams, fuse, decide."""
 
 from __future__ import annotations
 
@@ -6,39 +6,19 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cloud.config import EngineConfig
 from cloud.metrics import CpuClock
-from splitward.errors import BundleError
-from splitward.wire.control import STREAMS
+from cloud.server_half import Scores, load_half
 from splitward.wire.server import ServerCard, read_server_card
 
-if TYPE_CHECKING:
-    from torch import nn
-
-
 SMALLER_SIZES = (4, 8, 16)
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What the server half says of B frames.
-
-    Attributes
-    ----------
-    decision : ndarray, float32 [B, K]
-        Scores of the decision fusion; each row sums to 1.
-    streams : dict
-        Class index, int64 [B], of each stream.
-    """
-
-    decision: NDArray[np.float32]
-    streams: dict[str, NDArray[np.int64]]
+__all__ = ["Engine", "LocalEngine", "Scores", "SizedHalf"]
 
 
 class Engine(Protocol):
@@ -58,19 +38,62 @@ class Engine(Protocol):
         """Finish what runs and let go of the models."""
 
 
+class SizedHalf:
+    """A loaded half whose batches all have one of a few sizes.
+
+    Kernels may differ by batch size in the last bits, and a frame's result must not depend on its company: every
+    batch is padded to `batch_size`, or to a smaller one of `SMALLER_SIZES` that was found at the start to give
+    the same bits on this machine.
+    """
+
+    def __init__(self, card: ServerCard, weights: Path, config: EngineConfig, batch_size: int) -> None:
+        self._half = load_half(
+            card,
+            weights,
+            backend=config.backend,
+            device=config.device,
+            threads=config.threads,
+            batch=batch_size,
+        )
+        self._sizes = [*self._sizes_alike(card, batch_size), batch_size]
+
+    @property
+    def backend(self) -> str:
+        """What runs it."""
+        return self._half.backend
+
+    def run(self, activations: NDArray[np.float32]) -> Scores:
+        """Scores of `activations`, float32 [B, *shape] with B up to the batch size."""
+        count = len(activations)
+        size = next(size for size in self._sizes if size >= count)
+        if size == count:
+            return self._half.run(activations)
+        padded = np.zeros((size, *activations.shape[1:]), np.float32)
+        padded[:count] = activations
+        scores = self._half.run(padded)
+        return Scores(scores.decision[:count], scores.streams[:count])
+
+    def _sizes_alike(self, card: ServerCard, batch_size: int) -> list[int]:
+        """The smaller sizes whose results are, bit for bit, those of the full size."""
+        shape = (batch_size, *card.release.shape)
+        trial = np.random.default_rng(0).standard_normal(shape, np.float32)
+        whole = self._half.run(trial)
+        return [size for size in SMALLER_SIZES if size < batch_size and self._alike(trial, whole, size)]
+
+    def _alike(self, trial: NDArray[np.float32], whole: Scores, size: int) -> bool:
+        part = self._half.run(np.ascontiguousarray(trial[:size]))
+        return np.array_equal(part.decision, whole.decision[:size])
+
+
 class LocalEngine:
-    """torch in this process, in one thread beside the event loop.
+    """In this process, in one thread beside the event loop.
 
     Parameters
     ----------
     paths : iterable of str
         Server cards, `NAME.server.json`.
     batch_size : int
-        Largest batch. Kernels may differ by batch size in the last bits, and a frame's result must not depend
-        on its company: every batch is padded to this size, or to a smaller one of `SMALLER_SIZES` that was
-        found at the start to give the same bits on this machine.
-    threads : int
-        Threads of torch.
+        Largest batch.
 
     Raises
     ------
@@ -78,14 +101,13 @@ class LocalEngine:
         A card or its weights cannot be used.
     """
 
-    def __init__(self, paths: Iterable[str], batch_size: int, threads: int, clock: CpuClock) -> None:
+    def __init__(self, paths: Iterable[str], batch_size: int, config: EngineConfig, clock: CpuClock) -> None:
         cards = [read_server_card(Path(path)) for path in paths]
         self.cards: Mapping[bytes, ServerCard] = {bytes.fromhex(card.model): card for card, _ in cards}
         self._weights = {bytes.fromhex(card.model): weights for card, weights in cards}
-        self._networks: dict[bytes, nn.Module] = {}
+        self._halves: dict[bytes, SizedHalf] = {}
         self._batch_size = batch_size
-        self._sizes: dict[bytes, list[int]] = {}
-        self._threads = threads
+        self._config = config
         self._clock = clock
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -95,71 +117,28 @@ class LocalEngine:
 
     async def infer(self, model: bytes, activations: NDArray[np.float32]) -> Scores:
         """Scores of `activations`, float32 [B, *shape] with B up to the batch size."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._infer, model, activations)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._infer, model, activations)
 
     async def stop(self) -> None:
         """Finish what runs and let go of the models."""
         await asyncio.to_thread(self._pool.shutdown)
-        self._networks.clear()
+        self._halves.clear()
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """What runs each model, by name."""
+        return {self.cards[model].name: half.backend for model, half in self._halves.items()}
 
     def _load(self) -> None:
         import torch
 
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._config.threads)
         for model, card in self.cards.items():
-            self._load_model(model, card)
-
-    def _load_model(self, model: bytes, card: ServerCard) -> None:
-        from safetensors.torch import load_file
-
-        from splitward.method.halves import build_server
-
-        weights = self._weights[model]
-        try:
-            network = build_server(card.network)
-            network.load_state_dict(load_file(weights), strict=True)
-            self._networks[model] = network.eval()
-            self._sizes[model] = [self._batch_size]
-            trial = self._infer(model, np.zeros((1, *card.release.shape), np.float32))
-            if trial.decision.shape != (1, len(card.classes)):
-                raise ValueError(f"{trial.decision.shape[1]} scores for {len(card.classes)} classes")
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                "unfit", f"{weights}: does not fit its card: {error}. Export the run again."
-            ) from error
-
-        self._sizes[model] = [*self._sizes_alike(model, card), self._batch_size]
-
-    def _sizes_alike(self, model: bytes, card: ServerCard) -> list[int]:
-        """The smaller sizes whose results are, bit for bit, those of the full size."""
-        import torch
-
-        network = self._networks[model]
-        trial = torch.randn(self._batch_size, *card.release.shape, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            whole = network(trial)
-            return [
-                size
-                for size in SMALLER_SIZES
-                if size < self._batch_size
-                and all(
-                    torch.equal(part, full[:size])
-                    for part, full in zip(network(trial[:size]), whole, strict=True)
-                )
-            ]
+            self._halves[model] = SizedHalf(card, self._weights[model], self._config, self._batch_size)
 
     def _infer(self, model: bytes, activations: NDArray[np.float32]) -> Scores:
-        import torch
-
         started_s = time.thread_time()
-        count = len(activations)
-        size = next(size for size in self._sizes[model] if size >= count)
-        padded = np.zeros((size, *activations.shape[1:]), np.float32)
-        padded[:count] = activations
-        with torch.inference_mode():
-            outputs = self._networks[model](torch.from_numpy(padded))
-        decision = outputs.decision[:count].numpy()
-        streams = {name: getattr(outputs, name)[:count].argmax(1).numpy() for name in STREAMS}
-        self._clock.charge("inference", time.thread_time() - started_s)
-        return Scores(decision, streams)
+        try:
+            return self._halves[model].run(activations)
+        finally:
+            self._clock.charge("inference", time.thread_time() - started_s)

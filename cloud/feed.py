@@ -1,20 +1,34 @@
-"""Live events for whoever reads `/events`: a slow reader misses some, and holds up nobody."""
+"""Live events for whoever reads `/v1/events`: a slow reader misses some, and holds up nobody."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 import msgspec
 from prometheus_client import Counter
 
-from cloud.store import Record
+from cloud.admission import Arrival
+from cloud.picture import Picture, draw_released
+from cloud.record import Key, Record
+from splitward.wire.control import Result
 
 QUEUE_SIZE = 256
 MAX_READERS = 32
 KEEP_ALIVE_S = 15.0
 _encoder = msgspec.json.Encoder()
+
+
+class Event(msgspec.Struct, frozen=True):
+    """A record, and what its device released as a small picture."""
+
+    site: str
+    device: str
+    received_at_ns: int
+    result: Result
+    checksum: int
+    released: Picture | None
 
 
 class _Reader:
@@ -39,12 +53,12 @@ class Feed:
         """Whether there are as many readers as there may be."""
         return len(self._readers) >= MAX_READERS
 
-    def publish(self, records: Iterable[Record]) -> None:
-        """Send `records` to every reader that has room for them."""
+    def publish(self, records: Iterable[Record], arrivals: Mapping[Key, Arrival]) -> None:
+        """Send `records` to every reader that has room for them; nothing is drawn where nobody looks."""
         if not self._readers:
             return
         for record in records:
-            event = b"event: result\ndata: " + _encoder.encode(record) + b"\n\n"
+            event = b"event: result\ndata: " + _encode(record, arrivals.get(record.key)) + b"\n\n"
             for reader in self._readers:
                 if len(reader.events) < QUEUE_SIZE:
                     reader.events.append(event)
@@ -79,3 +93,9 @@ class Feed:
                     yield b"event: missed\ndata: %d\n\n" % missed
         finally:
             self._readers.discard(reader)
+
+
+def _encode(record: Record, arrival: Arrival | None) -> bytes:
+    released = None if arrival is None else draw_released(arrival.activation.values)
+    place = (record.site, record.device, record.received_at_ns)
+    return _encoder.encode(Event(*place, record.result, record.checksum, released))

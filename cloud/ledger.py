@@ -10,10 +10,10 @@ import asyncio
 import logging
 from collections import deque
 
-from prometheus_client import Counter
-
 from cloud.errors import StoreError
-from cloud.store import DeadLetter, Device, Store
+from cloud.metrics import Metrics
+from cloud.record import DeadLetter, Device
+from cloud.store import Store
 from splitward.wire.control import Status
 
 log = logging.getLogger(__name__)
@@ -26,18 +26,24 @@ MAX_TOPIC = 256
 class Ledger:
     """Gathers notes and writes them to the store."""
 
-    def __init__(self, store: Store, failures: Counter, max_dead_letters: int) -> None:
+    def __init__(self, store: Store, metrics: Metrics, max_dead_letters: int) -> None:
         self._store = store
-        self._failures = failures
-        self._devices: dict[tuple[str, str], Device] = {}
+        self._failures = metrics.failures
+        self._seen: dict[tuple[str, str], int] = {}
+        self._statuses: dict[tuple[str, str], Status] = {}
+        self._queued: dict[tuple[str, str], int] = {}
         self._letters: deque[DeadLetter] = deque(maxlen=max_dead_letters)
+        metrics.devices_queued.set_function(lambda: sum(self._queued.values()))
 
-    def note_device(self, site: str, device: str, at_ns: int, status: Status | None = None) -> None:
-        """The device was heard of at `at_ns`, perhaps with a new status."""
-        noted = self._devices.get((site, device))
-        if status is None and noted is not None:
-            status = noted.status
-        self._devices[site, device] = Device(site, device, at_ns, status)
+    def note_seen(self, site: str, device: str, at_ns: int) -> None:
+        """The device was heard of at `at_ns`."""
+        self._seen[site, device] = at_ns
+
+    def note_status(self, site: str, device: str, at_ns: int, status: Status) -> None:
+        """The device sent a status."""
+        self._seen[site, device] = at_ns
+        self._statuses[site, device] = status
+        self._queued[site, device] = status.queued
 
     def note_refusal(self, at_ns: int, topic: str, reason: str, payload: bytes) -> None:
         """A message was refused for `reason`."""
@@ -51,17 +57,20 @@ class Ledger:
 
     async def write(self) -> None:
         """Write what was noted; when the store fails it stays noted, and newer notes replace it."""
-        devices, letters = dict(self._devices), list(self._letters)
-        self._devices.clear()
+        seen, statuses, letters = self._seen, self._statuses, list(self._letters)
+        self._seen, self._statuses = {}, {}
         self._letters.clear()
         try:
-            if devices:
-                await self._store.save_devices(devices.values())
-                devices.clear()
+            if seen:
+                await self._store.save_devices(
+                    Device(*place, at_ns, statuses.get(place)) for place, at_ns in sorted(seen.items())
+                )
+                seen = {}
             if letters:
                 await self._store.bury(letters)
         except StoreError as error:
             self._failures.labels("ledger").inc()
             log.warning("%s", error)
-            self._devices = devices | self._devices
+            if seen:
+                self._seen, self._statuses = seen | self._seen, statuses | self._statuses
             self._letters.extendleft(reversed(letters))

@@ -1,7 +1,8 @@
 """The way of one message: decode, check, deduplicate, batch, infer, commit, reply, acknowledge.
 
 Nothing is acknowledged before its result is committed, so what is interrupted comes again; and a frame that
-comes again is answered from the store, so nothing is counted twice.
+comes again is answered from the store, so nothing is counted twice. Two batches are on their way at a time: one
+computes while the other commits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,11 +24,13 @@ from cloud.errors import CloudError, EngineError, TransportError
 from cloud.feed import Feed
 from cloud.ledger import Ledger
 from cloud.metrics import Metrics
-from cloud.store import Key, Record, Store
+from cloud.record import Key, Record
+from cloud.store import Store
 from cloud.transport import Delivery, Transport
 from splitward.errors import MessageError, WireError
 from splitward.wire import topics
-from splitward.wire.control import Refusal, Result, decode_status, encode_control
+from splitward.wire.control import STREAMS, Outcome, Refusal, decode_outcome, decode_status, encode_control
+from splitward.wire.control import Result as ResultMessage
 from splitward.wire.message import Activation, decode
 from splitward.wire.server import ServerCard
 from splitward.wire.tensor import dequantise
@@ -34,13 +39,23 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 30.0
-
+BATCHES_AT_ONCE = 2
+TOPICS_KEPT = 1 << 16
 
 Answers = dict[Key, Record | MessageError]
+OnOutcome = Callable[[str, str, Outcome], None]
+
+_parse = lru_cache(TOPICS_KEPT)(topics.parse)
+
+
+@lru_cache(TOPICS_KEPT)
+def _reply_topic(topic: str) -> str:
+    site, device, _ = topics.parse(topic)
+    return topics.result(site, device)
 
 
 class Pipeline:
-    """Consumes the transport's deliveries until it is drained."""
+    """Consumes the transport's deliveries until it is drained; `on_outcome` is told what became of orders."""
 
     def __init__(
         self,
@@ -51,16 +66,17 @@ class Pipeline:
         store: Store,
         metrics: Metrics,
         feed: Feed,
+        on_outcome: OnOutcome = lambda *_: None,
     ) -> None:
         self._transport = transport
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._feed = feed
-        self._ledger = Ledger(store, metrics.failures, config.store.max_dead_letters)
-        self._batcher: Batcher[Arrival] = Batcher(
-            config.batch.max_size, config.batch.max_wait_ms / 1000, config.broker.max_in_flight
-        )
+        self._limits = config.limits
+        self._on_outcome = on_outcome
+        self._ledger = Ledger(store, metrics, config.store.max_dead_letters)
+        self._batcher: Batcher[Arrival] = Batcher(config.batch.max_size, config.batch.max_wait_ms / 1000)
         self._draining = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.failing: str | None = None
@@ -70,40 +86,57 @@ class Pipeline:
 
     async def start(self) -> None:
         """Begin to consume."""
-        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ledger.keep())]
+        workers = [asyncio.create_task(self._work()) for _ in range(BATCHES_AT_ONCE)]
+        self._tasks = [asyncio.create_task(self._ledger.keep()), *workers]
         await self._transport.start(self.take)
 
     async def drain(self) -> None:
         """Take nothing more, answer what is in hand, and disconnect."""
         await self._transport.unsubscribe()
         self._draining.set()
-        await self._batcher.close()
-        worker, keeper = self._tasks
-        await worker
+        self._batcher.close()
+        keeper, *workers = self._tasks
+        await asyncio.gather(*workers)
         keeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await keeper
         await self._ledger.write()
         await self._transport.stop()
 
-    async def take(self, delivery: Delivery) -> None:
-        """Decode and check one delivery; an activation goes on to a batch, everything else ends here."""
+    def take(self, deliveries: Sequence[Delivery]) -> None:
+        """Decode and check what came; activations go on to a batch, everything else ends here."""
         received_at_ns = time.time_ns()
+        arrivals: dict[bytes, list[Arrival]] = {}
+        with self._metrics.cpu.measure("decode"):
+            for delivery in deliveries:
+                arrival = self._admit(delivery, received_at_ns)
+                if arrival is not None:
+                    arrivals.setdefault(arrival.activation.model, []).append(arrival)
+        for model, some in arrivals.items():
+            self._batcher.put(model, some)
+
+    def _admit(self, delivery: Delivery, received_at_ns: int) -> Arrival | None:
+        """The arrival of an activation that may enter a batch."""
         activation: Activation | None = None
         try:
-            with self._metrics.cpu.measure("decode"):
-                site, device, kind = topics.parse(delivery.topic)
-                if kind == "status":
-                    self._ledger.note_device(site, device, received_at_ns, decode_status(delivery.payload))
-                    self._finish(delivery, "status")
-                    return
+            site, device, kind = _parse(delivery.topic)
+            if kind == "activation":
                 activation = decode(delivery.payload)
-                check(activation, device, self._engine.cards)
+                check(activation, device, self._engine.cards, received_at_ns, self._limits)
+                self._ledger.note_seen(site, device, received_at_ns)
+                key = (device, activation.boot.hex(), activation.sequence)
+                return Arrival(delivery, site, activation, received_at_ns, key)
+            if kind == "status":
+                self._ledger.note_status(site, device, received_at_ns, decode_status(delivery.payload))
+            elif kind == "outcome":
+                self._on_outcome(site, device, decode_outcome(delivery.payload))
+            else:
+                raise MessageError("bad_topic", f"a device does not send on its {kind} topic.")
         except WireError as error:
-            await self._refuse(delivery, activation, error)
-            return
-        self._ledger.note_device(site, device, received_at_ns)
-        await self._batcher.put(activation.model, Arrival(delivery, site, activation, received_at_ns))
+            self._refuse(delivery, activation, error)
+        else:
+            self._finish([delivery], kind)
+        return None
 
     async def _work(self) -> None:
         """Answer batch after batch."""
@@ -124,7 +157,7 @@ class Pipeline:
                 log.warning("a batch of %d cannot be answered now: %s", len(arrivals), error)
             except Exception:  # a fault of ours must not stop the service
                 log.exception("a batch of %d is refused", len(arrivals))
-                await self._give_up(arrivals)
+                self._give_up(arrivals)
                 break
             if self._draining.is_set():
                 break  # unacknowledged, so the broker keeps them
@@ -132,42 +165,43 @@ class Pipeline:
                 await asyncio.wait_for(self._draining.wait(), backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    async def _give_up(self, arrivals: list[Arrival]) -> None:
+    def _give_up(self, arrivals: list[Arrival]) -> None:
         """Refuse a batch: unacknowledged, it would hold up every later acknowledgement."""
         error = MessageError("internal_error", "the service failed on this frame; its log says how.")
         for arrival in arrivals:
-            await self._refuse(arrival.delivery, arrival.activation, error)
+            self._refuse(arrival.delivery, arrival.activation, error)
 
     async def _answer(self, card: ServerCard, arrivals: list[Arrival]) -> None:
         """Deduplicate, infer, commit, reply, acknowledge; `CloudError` when the engine or the store fails."""
         cpu = self._metrics.cpu
-        frames = {arrival.key: arrival for arrival in arrivals}
-        answers: Answers = {}
-        answers.update(await cpu.follow("store", self._store.find(frames.keys())))
-        fresh = [arrival for key, arrival in frames.items() if key not in answers]
-        if fresh:
-            answers.update(await self._decide(card, fresh))
-        records = [answer for arrival in fresh if isinstance(answer := answers[arrival.key], Record)]
-        if records:
-            await cpu.follow("store", self._store.add(records))
-        self.failing = None
-        self._feed.publish(records)
-        for record in records:
-            waited_ns = record.result.stored_at_ns - record.result.captured_at_ns
-            self._metrics.latency.observe(max(0, waited_ns) / 1e9)
-        first = set(fresh)
+        fresh: dict[Key, Arrival] = {}
         for arrival in arrivals:
-            outcome = "stored" if arrival in first else "duplicate"
-            await self._reply(arrival, answers[arrival.key], outcome)
+            fresh.setdefault(arrival.key, arrival)
+        first = set(map(id, fresh.values()))
+        answers: Answers = {}
+        answers.update(await cpu.follow("store", self._store.find(fresh.keys())))
+        for key in answers:
+            del fresh[key]
+        records: list[Record] = []
+        if fresh:
+            answers.update(await self._decide(card, list(fresh.values())))
+            records = [answer for key in fresh if isinstance(answer := answers[key], Record)]
+        if records:
+            earlier = await cpu.follow("store", self._store.add(records))  # another batch or worker was first
+            answers.update(earlier)
+        self.failing = None
+        with cpu.measure("publish"):
+            self._feed.publish(records, fresh)
+            self._measure(records)
+            self._reply(arrivals, answers, {key for key, one in fresh.items() if id(one) in first})
 
     async def _decide(self, card: ServerCard, arrivals: list[Arrival]) -> Answers:
         """Record of each arrival, or why it can never have one."""
-        model = bytes.fromhex(card.model)
         stacked = np.stack([arrival.activation.values for arrival in arrivals])
         values = dequantise(stacked, card.release.scale)
         self._metrics.batch_size.observe(len(arrivals))
         try:
-            scores = await self._engine.infer(model, values)
+            scores = await self._engine.infer(bytes.fromhex(card.model), values)
         except Exception as error:  # noqa: BLE001  # whatever a network raises, the service goes on
             await self._probe(card, error)
             if len(arrivals) == 1:
@@ -175,11 +209,7 @@ class Pipeline:
             half = len(arrivals) // 2  # isolates the one that fails, in few steps
             return await self._decide(card, arrivals[:half]) | await self._decide(card, arrivals[half:])
         self._metrics.inferences.labels(card.name).inc(len(arrivals))
-        stored_at_ns = time.time_ns()
-        return {
-            arrival.key: _record(card, arrival, scores, row, stored_at_ns)
-            for row, arrival in enumerate(arrivals)
-        }
+        return _records(card, arrivals, scores, time.time_ns())
 
     async def _probe(self, card: ServerCard, cause: Exception) -> None:
         """Tell a bad activation from a bad engine: `EngineError` if the engine fails on zeros, too."""
@@ -188,57 +218,83 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  # likewise
             raise EngineError(f"the server half of {card.name} fails on any input: {error}.") from cause
 
-    async def _reply(self, arrival: Arrival, answer: Record | MessageError, outcome: str) -> None:
-        if isinstance(answer, MessageError):
-            await self._refuse(arrival.delivery, arrival.activation, answer)
-        elif await self._send(arrival.delivery, answer.result):
-            self._finish(arrival.delivery, outcome)
+    def _measure(self, records: list[Record]) -> None:
+        metrics = self._metrics
+        metrics.latency.observe(
+            *[max(0, one.result.stored_at_ns - one.result.captured_at_ns) / 1e9 for one in records]
+        )
+        now_ns = time.time_ns()
+        metrics.service.observe(*[(now_ns - one.received_at_ns) / 1e9 for one in records])
 
-    async def _refuse(self, delivery: Delivery, activation: Activation | None, error: WireError) -> None:
+    def _reply(self, arrivals: list[Arrival], answers: Answers, stored: set[Key]) -> None:
+        """Answer every arrival; the first of each stored key counts as stored, the others as duplicates."""
+        done: list[Delivery] = []
+        duplicates: list[Delivery] = []
+        for arrival in arrivals:
+            answer, delivery = answers[arrival.key], arrival.delivery
+            if isinstance(answer, Record) and answer.checksum != arrival.checksum:
+                answer = MessageError(
+                    "replay", "another frame was sent under this boot id and sequence number."
+                )
+            if isinstance(answer, MessageError):
+                self._refuse(delivery, arrival.activation, answer)
+            elif self._send(delivery, encode_control(answer.result)):
+                (done if arrival.key in stored else duplicates).append(delivery)
+                stored.discard(arrival.key)
+        self._finish(done, "stored")
+        self._finish(duplicates, "duplicate")
+
+    def _refuse(self, delivery: Delivery, activation: Activation | None, error: WireError) -> None:
         """Count and note a message that can never be answered, and tell the device if the frame is known."""
         self._metrics.refusals.labels(error.reason).inc()
         self._ledger.note_refusal(time.time_ns(), delivery.topic, error.reason, delivery.payload)
         if activation is not None:
             refusal = Refusal(activation.boot.hex(), activation.sequence, error.reason, str(error))
-            if not await self._send(delivery, refusal):
+            if not self._send(delivery, encode_control(refusal)):
                 return
-        self._finish(delivery, "refused")
+        self._finish([delivery], "refused")
 
-    async def _send(self, delivery: Delivery, reply: Result | Refusal) -> bool:
+    def _send(self, delivery: Delivery, payload: bytes) -> bool:
         """Publish a reply to the delivery's device; False without a connection, when it comes again anyway."""
-        site, device, _ = topics.parse(delivery.topic)
-        topic, payload = topics.result(site, device), encode_control(reply)
         try:
-            await self._metrics.cpu.follow("publish", self._transport.publish(topic, payload))
+            self._transport.publish(_reply_topic(delivery.topic), payload)
         except TransportError as error:
             self._metrics.failures.labels("publish").inc()
             log.debug("%s", error)
             return False
         return True
 
-    def _finish(self, delivery: Delivery, outcome: str) -> None:
-        self._transport.acknowledge(delivery)
-        self._metrics.messages.labels(outcome).inc()
+    def _finish(self, deliveries: list[Delivery], outcome: str) -> None:
+        if deliveries:
+            acknowledge = self._transport.acknowledge
+            for delivery in deliveries:
+                acknowledge(delivery)
+            self._metrics.messages.labels(outcome).inc(len(deliveries))
 
 
-def _record(
-    card: ServerCard, arrival: Arrival, scores: Scores, row: int, stored_at_ns: int
-) -> Record | MessageError:
-    """Record of the frame in `row`, or a refusal when its scores are no numbers."""
-    decision = scores.decision[row]
-    if not np.isfinite(decision).all():
-        return MessageError("not_finite_scores", "the server half found no finite scores for this activation.")
-    index = int(decision.argmax())
-    device, boot, sequence = arrival.key
-    result = Result(
-        boot=boot,
-        sequence=sequence,
-        model=card.model,
-        class_index=index,
-        class_name=card.classes[index],
-        scores=tuple(decision.tolist()),
-        streams={name: int(indices[row]) for name, indices in scores.streams.items()},
-        captured_at_ns=arrival.activation.captured_at_ns,
-        stored_at_ns=stored_at_ns,
-    )
-    return Record(arrival.site, device, arrival.received_at_ns, result)
+def _records(card: ServerCard, arrivals: Iterable[Arrival], scores: Scores, stored_at_ns: int) -> Answers:
+    """Record of each arrival, or a refusal where its scores are no numbers."""
+    finite = np.asarray(np.isfinite(scores.decision).all(axis=1)).tolist()
+    chosen = scores.decision.argmax(axis=1).tolist()
+    rows = zip(arrivals, finite, chosen, scores.decision.tolist(), scores.streams.tolist(), strict=True)
+    answers: Answers = {}
+    for arrival, numbers, index, decision, streams in rows:
+        if not numbers:
+            answers[arrival.key] = MessageError(
+                "not_finite_scores", "the server half found no finite scores for this activation."
+            )
+            continue
+        device, boot, sequence = arrival.key
+        result = ResultMessage(
+            boot,
+            sequence,
+            card.model,
+            index,
+            card.classes[index],
+            tuple(decision),
+            dict(zip(STREAMS, streams, strict=True)),
+            arrival.activation.captured_at_ns,
+            stored_at_ns,
+        )
+        answers[arrival.key] = Record(arrival.site, device, arrival.received_at_ns, result, arrival.checksum)
+    return answers

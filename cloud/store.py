@@ -1,13 +1,19 @@
-"""What the service keeps: results, the last word of each device, and a bounded table of refused messages."""
+"""What the service keeps: results, the last word of each device, and a bounded table of refused messages.
+
+`Store` is the connection to the database and what the pipeline and the readers of results need of it. The fleet's
+records (`cloud.registry`, `cloud.enrolment`, ...) use the same connection by `read` and `write`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Select, Table, delete, event, func, select, tuple_
+from sqlalchemy import Select, Table, and_, case, delete, event, func, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -16,101 +22,121 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from cloud import tables
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
+from cloud.metrics import CpuClock
+from cloud.record import MAX_INTEGER, DeadLetter, Device, Key, Label, Record
+from cloud.sqlite import SqliteResults, make_durable
 from splitward.errors import ConfigError
 from splitward.wire.control import Result, Status
-
-Key = tuple[str, str, int]
-"""Device, boot (32 hexadecimal digits) and sequence: names a frame for ever."""
-
-MAX_INTEGER = (1 << 63) - 1
-"""Largest integer that both databases hold; the wire's are unsigned and reach further."""
 
 _key = (tables.results.c.device, tables.results.c.boot, tables.results.c.sequence)
 _order = (tables.results.c.stored_at_ns, *_key)
 
 
-class Record(msgspec.Struct, frozen=True):
-    """A result, and where and when its activation came in."""
-
-    site: str
-    device: str
-    received_at_ns: int
-    result: Result
-
-    @property
-    def key(self) -> Key:
-        """Name of the frame."""
-        return self.device, self.result.boot, self.result.sequence
-
-    @property
-    def cursor(self) -> str:
-        """Place of the record in the order of storing, for `Store.results`."""
-        return ".".join(map(str, (self.result.stored_at_ns, *self.key)))
-
-
-class Device(msgspec.Struct, frozen=True):
-    """When a device was last heard of, and its last status if it sent one."""
-
-    site: str
-    device: str
-    seen_at_ns: int
-    status: Status | None
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    """A refused message: `head` is its first bytes in hexadecimal."""
-
-    at_ns: int
-    topic: str
-    reason: str
-    head: str
-
-
 class Store:
     """SQLAlchemy Core on SQLite or PostgreSQL. Every method raises `StoreError` when the database fails."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, clock: CpuClock | None = None) -> None:
+        self.url = config.url
         self._engine = _make_engine(config.url)
+        self._writer = self._engine.execution_options(writes=True)
         self._max_dead_letters = config.max_dead_letters
-        self._insert: Callable[[Table], sqlite.Insert | postgresql.Insert]
-        self._insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+        self.insert: Callable[[Table], sqlite.Insert | postgresql.Insert]
+        self._direct: SqliteResults | None = None
+        if self._engine.dialect.name == "postgresql":
+            self.insert = postgresql.insert
+        else:
+            self.insert = sqlite.insert
+            self._direct = SqliteResults(str(self._engine.url.database), clock or CpuClock())
 
     async def open(self) -> None:
-        """Create what is missing of the tables."""
-        async with self._write() as connection:
-            await connection.run_sync(tables.metadata.create_all)
+        """Bring the tables up to date."""
+        from cloud.migrate import upgrade
+
+        try:
+            await asyncio.to_thread(upgrade, self.url)
+        except (SQLAlchemyError, OSError) as error:
+            raise self._error(error) from error
 
     async def close(self) -> None:
         """Close every connection."""
+        if self._direct is not None:
+            await self._direct.close()
         await self._engine.dispose()
 
     async def check(self) -> None:
         """Take and release the database's write lock."""
-        async with self._write() as connection:
+        async with self.write() as connection:
             await connection.execute(
                 delete(tables.results).where(tables.results.c.device == "")
             )  # no device has this name
 
+    # --- the pipeline ----------------------------------------------------------------------------------------
+
     async def find(self, keys: Collection[Key]) -> dict[Key, Record]:
         """Stored records of those `keys` that have one."""
-        rows = await self._read(select(tables.results).where(tuple_(*_key).in_(list(keys))))
+        if self._direct is not None:
+            try:
+                return await self._direct.find(keys)
+            except sqlite3.Error as error:
+                raise self._error(error) from error
+        rows = await self.read(select(tables.results).where(tuple_(*_key).in_(list(keys))))
         return {record.key: record for record in map(_record, rows)}
 
-    async def add(self, records: Iterable[Record]) -> None:
-        """Keep `records` in one commit; a key that is there already keeps its first record."""
-        values = [_row(record) for record in records]
-        async with self._write() as connection:
-            await connection.execute(self._insert(tables.results).on_conflict_do_nothing(), values)
+    async def add(self, records: Sequence[Record]) -> dict[Key, Record]:
+        """Keep `records` in one commit; those that are there already keep their first record, and are returned."""
+        if self._direct is not None:
+            try:
+                return await self._direct.add(records)
+            except sqlite3.Error as error:
+                raise self._error(error) from error
+        insert = self.insert(tables.results).on_conflict_do_nothing().returning(*_key)
+        async with self.write() as connection:
+            rows = (await connection.execute(insert, [_row(record) for record in records])).all()
+        added = {tuple(row) for row in rows}
+        there = [record.key for record in records if record.key not in added]
+        return await self.find(there) if there else {}
+
+    async def save_devices(self, devices: Iterable[Device]) -> None:
+        """Keep the last word of `devices`; a device without a status keeps the one that is there."""
+        values = [msgspec.to_builtins(device) for device in devices]
+        insert = self.insert(tables.devices)
+        upsert = insert.on_conflict_do_update(
+            index_elements=[tables.devices.c.site, tables.devices.c.device],
+            set_={
+                "seen_at_ns": insert.excluded.seen_at_ns,
+                "status": func.coalesce(insert.excluded.status, tables.devices.c.status),
+            },
+        )
+        async with self.write() as connection:
+            await connection.execute(upsert, values)
+
+    async def bury(self, letters: Iterable[DeadLetter]) -> None:
+        """Keep refused messages, and of all of them only the last `max_dead_letters`."""
+        newest = select(func.max(tables.dead_letters.c.number)).scalar_subquery()
+        async with self.write() as connection:
+            await connection.execute(
+                tables.dead_letters.insert(), [msgspec.to_builtins(item) for item in letters]
+            )
+            surplus = tables.dead_letters.c.number <= newest - self._max_dead_letters
+            await connection.execute(delete(tables.dead_letters).where(surplus))
+
+    # --- readers ---------------------------------------------------------------------------------------------
 
     async def results(
-        self, *, device: str | None = None, model: str | None = None, after: str | None = None, limit: int = 100
+        self,
+        *,
+        device: str | None = None,
+        model: str | None = None,
+        site: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
     ) -> list[Record]:
         """Records in the order of storing.
 
         Parameters
         ----------
-        device, model : str, optional
-            Only those of this device, or of this model id.
+        device, model, site : str, optional
+            Only those of this device, model id or site.
         after : str, optional
             A record's `cursor`, or a time in nanoseconds: the first `limit` records after it. Without it, the
             last `limit` records.
@@ -121,63 +147,84 @@ class Store:
             `after` is not a cursor.
         """
         query = select(tables.results).limit(limit)
-        if device is not None:
-            query = query.where(tables.results.c.device == device)
-        if model is not None:
-            query = query.where(tables.results.c.model == model)
+        for name, wanted in (("device", device), ("model", model), ("site", site)):
+            if wanted is not None:
+                query = query.where(tables.results.c[name] == wanted)
         if after is not None:
             query = query.where(tuple_(*_order) > tuple_(*_cursor(after)))
-            return [_record(row) for row in await self._read(query.order_by(*_order))]
-        last = await self._read(query.order_by(*(column.desc() for column in _order)))
+            return [_record(row) for row in await self.read(query.order_by(*_order))]
+        last = await self.read(query.order_by(*(column.desc() for column in _order)))
         return [_record(row) for row in reversed(last)]
 
-    async def save_devices(self, devices: Iterable[Device]) -> None:
-        """Keep the last word of `devices`; a device without a status keeps the one that is there."""
-        values = [msgspec.to_builtins(device) for device in devices]
-        insert = self._insert(tables.devices)
-        upsert = insert.on_conflict_do_update(
-            index_elements=[tables.devices.c.site, tables.devices.c.device],
-            set_={
-                "seen_at_ns": insert.excluded.seen_at_ns,
-                "status": func.coalesce(insert.excluded.status, tables.devices.c.status),
-            },
-        )
-        async with self._write() as connection:
-            await connection.execute(upsert, values)
-
-    async def devices(self, *, after: tuple[str, str] = ("", ""), limit: int = 100) -> list[Device]:
+    async def devices(
+        self, *, site: str | None = None, after: tuple[str, str] = ("", ""), limit: int = 100
+    ) -> list[Device]:
         """The first `limit` devices by site and name, after `after`."""
         order = (tables.devices.c.site, tables.devices.c.device)
         query = select(tables.devices).where(tuple_(*order) > tuple_(*after)).order_by(*order).limit(limit)
-        rows = await self._read(query)
+        if site is not None:
+            query = query.where(tables.devices.c.site == site)
+        rows = await self.read(query)
         return [
             Device(**row | {"status": msgspec.convert(row["status"], Status | None)}) for row in map(dict, rows)
         ]
-
-    async def bury(self, letters: Iterable[DeadLetter]) -> None:
-        """Keep refused messages, and of all of them only the last `max_dead_letters`."""
-        newest = select(func.max(tables.dead_letters.c.number)).scalar_subquery()
-        async with self._write() as connection:
-            await connection.execute(
-                tables.dead_letters.insert(), [msgspec.to_builtins(item) for item in letters]
-            )
-            surplus = tables.dead_letters.c.number <= newest - self._max_dead_letters
-            await connection.execute(delete(tables.dead_letters).where(surplus))
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """The last refused messages, newest first."""
         columns = (tables.dead_letters.c[name] for name in DeadLetter.__struct_fields__)
         query = select(*columns).order_by(tables.dead_letters.c.number.desc()).limit(limit)
-        return [DeadLetter(**row) for row in await self._read(query)]
+        return [DeadLetter(**row) for row in await self.read(query)]
 
-    async def _read(self, query: Select[Any]) -> Sequence[RowMapping]:
+    async def save_labels(self, labels: Sequence[Label], at_ns: int, actor: str) -> None:
+        """Keep the true classes of frames; a later label replaces an earlier one."""
+        insert = self.insert(tables.labels)
+        upsert = insert.on_conflict_do_update(
+            index_elements=list(tables.labels.primary_key.columns),
+            set_={name: insert.excluded[name] for name in ("class_index", "at_ns", "actor")},
+        )
+        rows = [msgspec.to_builtins(label) | {"at_ns": at_ns, "actor": actor} for label in labels]
+        async with self.write() as connection:
+            await connection.execute(upsert, rows)
+
+    async def accuracy(self) -> list[dict[str, Any]]:
+        """For each model: how many of its results have a label, and how many of those the decision got right."""
+        results, labels = tables.results.c, tables.labels.c
+        right = func.sum(case((results.class_index == labels.class_index, 1), else_=0))
+        same = and_(
+            results.device == labels.device, results.boot == labels.boot, results.sequence == labels.sequence
+        )
+        query = (
+            select(results.model, func.count().label("labelled"), right.label("right"))
+            .join_from(tables.results, tables.labels, same)
+            .group_by(results.model)
+            .order_by(results.model)
+        )
+        return [dict(row) for row in await self.read(query)]
+
+    async def forget(self, before_ns: int, limit: int = 5000) -> int:
+        """Delete up to `limit` of the oldest results stored before `before_ns`, and their labels; how many."""
+        oldest = select(*_key).where(tables.results.c.stored_at_ns < before_ns).order_by(*_order).limit(limit)
+        keys = [tuple(row.values()) for row in await self.read(oldest)]
+        for first in range(0, len(keys), 500):
+            some = keys[first : first + 500]
+            async with self.write() as connection:
+                label = tuple_(*(tables.labels.c[name] for name in ("device", "boot", "sequence")))
+                await connection.execute(delete(tables.labels).where(label.in_(some)))
+                await connection.execute(delete(tables.results).where(tuple_(*_key).in_(some)))
+        return len(keys)
+
+    # --- for all ---------------------------------------------------------------------------------------------
+
+    async def read(self, query: Select[Any]) -> Sequence[RowMapping]:
+        """Rows of `query`."""
         async with self._guard(self._engine.connect) as connection:
             rows: Sequence[RowMapping] = (await connection.execute(query)).mappings().all()
             return rows
 
     @asynccontextmanager
-    async def _write(self) -> AsyncIterator[AsyncConnection]:
-        async with self._guard(self._engine.begin) as connection:
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction, committed when the block ends well."""
+        async with self._guard(self._writer.begin) as connection:
             yield connection
 
     @asynccontextmanager
@@ -186,43 +233,52 @@ class Store:
             async with enter() as connection:
                 yield connection
         except (SQLAlchemyError, OSError) as error:
-            url = self._engine.url.render_as_string(hide_password=True)
-            raise StoreError(
-                f"store {url}: {error}. Check that it is there, writable, and not full."
-            ) from error
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> StoreError:
+        url = self._engine.url.render_as_string(hide_password=True)
+        return StoreError(f"store {url}: {error}. Check that it is there, writable, and not full.")
 
 
 def _make_engine(url: str) -> AsyncEngine:
     try:
-        dialect = make_url(url).get_backend_name()
+        parsed = make_url(url)
+        dialect = parsed.get_backend_name()
         if dialect not in ("sqlite", "postgresql"):
-            raise ConfigError(f"store.url: {dialect} is not supported. Use sqlite+aiosqlite or postgresql.")
-        engine = create_async_engine(url)
+            raise ConfigError(
+                f"store.url: {dialect} is not supported. Use sqlite+aiosqlite or postgresql+psycopg."
+            )
+        if dialect == "sqlite" and parsed.database in (None, "", ":memory:"):
+            raise ConfigError("store.url: a database in memory forgets its results. Name a file.")
+        engine = create_async_engine(url, pool_pre_ping=dialect == "postgresql")
     except (ArgumentError, SQLAlchemyError, ImportError) as error:
         raise ConfigError(f"store.url: {error}. An example: sqlite+aiosqlite:///cloud.db") from error
     if dialect == "sqlite":
-        event.listen(engine.sync_engine, "connect", _make_durable)
+        event.listen(engine.sync_engine, "connect", _prepare)
+        event.listen(engine.sync_engine, "begin", _begin)
     return engine
 
 
-def _make_durable(connection: Any, _record: Any) -> None:
-    """WAL lets the API read while a batch commits; FULL makes a commit outlive a power cut."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.execute("PRAGMA busy_timeout = 5000")
-    cursor.close()
+def _prepare(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # `_begin` begins
+    make_durable(connection)
+
+
+def _begin(connection: Any) -> None:
+    """A transaction that reads first and then writes would fail where another one wrote in between."""
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _row(record: Record) -> dict[str, Any]:
     values = msgspec.structs.asdict(record.result)
     place = {"site": record.site, "device": record.device, "received_at_ns": record.received_at_ns}
-    return values | place
+    return values | place | {"checksum": record.checksum}
 
 
 def _record(row: RowMapping) -> Record:
     values = {name: row[name] for name in Result.__struct_fields__} | {"scores": tuple(row["scores"])}
-    return Record(row["site"], row["device"], row["received_at_ns"], Result(**values))
+    return Record(row["site"], row["device"], row["received_at_ns"], Result(**values), row["checksum"])
 
 
 def _cursor(text: str) -> tuple[int, str, str, int]:

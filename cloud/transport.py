@@ -1,4 +1,8 @@
-"""The seam to the broker: deliveries come in, replies go out, and an acknowledgement follows the commit."""
+"""The seam to the broker: deliveries come in, replies go out, and an acknowledgement follows the commit.
+
+`open_transport` makes one over the configured MQTT client (`cloud.mqtt5_client`, `cloud.gmqtt_client`). What both
+share is here: one connection after another, each with the deliveries that came by it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,9 @@ import contextlib
 import logging
 import random
 import ssl
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
-
-import gmqtt
-from gmqtt.mqtt.handler import MQTTError
-from gmqtt.storage import PersistentStorage
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from cloud.config import BrokerConfig, TlsConfig
 from cloud.errors import TransportError
@@ -29,16 +30,16 @@ MAX_BACKOFF_S = 30.0
 class Delivery:
     """One message from the broker; it is redelivered until `Transport.acknowledge` is called with it."""
 
-    __slots__ = ("acknowledged", "payload", "released", "topic")
+    __slots__ = ("acknowledged", "connection", "payload", "topic")
 
-    def __init__(self, topic: str, payload: bytes) -> None:
+    def __init__(self, topic: str, payload: bytes, connection: Connection | None = None) -> None:
         self.topic = topic
         self.payload = payload
-        self.acknowledged = asyncio.Event()
-        self.released = asyncio.Event()
+        self.connection = connection
+        self.acknowledged = False
 
 
-OnMessage = Callable[[Delivery], Awaitable[None]]
+OnMessages = Callable[[Sequence[Delivery]], None]
 
 
 class Transport(Protocol):
@@ -48,204 +49,175 @@ class Transport(Protocol):
     def connected(self) -> bool:
         """Whether messages can flow now."""
 
-    async def start(self, on_message: OnMessage) -> None:
+    async def start(self, on_messages: OnMessages) -> None:
         """Connect in the background, and again whenever the connection is lost."""
 
-    async def publish(self, topic: str, payload: bytes) -> None:
-        """Send with QoS 1; `TransportError` while there is no connection."""
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send with QoS 1, later if the broker is busy; `TransportError` while there is no connection."""
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Tell the broker that `delivery` is done."""
+        """Tell the broker that `delivery` is done; in vain when its connection is gone."""
 
     async def unsubscribe(self) -> None:
         """Ask the broker for no more activations; the connection stays, for replies."""
 
     async def stop(self) -> None:
-        """Disconnect. What is unacknowledged stays with the broker."""
+        """Disconnect, and end the session if `unsubscribe` came before: peers get what is left."""
 
 
-class GmqttTransport:
-    """MQTT 5 by gmqtt, with a new gmqtt client for each connection.
+class Connection(Protocol):
+    """One connection to the broker. A packet identifier means something on its own connection only, so an
+    acknowledgement goes by the connection that brought the delivery, or nowhere."""
 
-    A packet identifier means something on its own connection only. gmqtt's reconnecting would send the
-    acknowledgement of an old delivery on the new connection, where the broker may have given its identifier to
-    another message. With a client each, a late acknowledgement ends at a closed socket and the broker
-    redelivers.
-    """
+    lost: asyncio.Event
+
+    async def open(self) -> None:
+        """Connect; raises OSError, TimeoutError or TransportError."""
+
+    async def subscribe(self, filters: Sequence[str]) -> None:
+        """Subscribe with QoS 1; `TransportError` when the broker refuses."""
+
+    def publish(self, topic: str, payload: bytes, retain: bool) -> None:
+        """Send with QoS 1, or keep until the broker takes more."""
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """Acknowledge it, in the order of arrival (MQTT-4.6.0-2)."""
+
+    async def unsubscribe(self, name: str) -> None:
+        """Return once nothing more comes by this filter."""
+
+    async def close(self, *, end_session: bool) -> None:
+        """Send what is kept, disconnect, and let go of what is held."""
+
+
+class Held:
+    """How much a connection holds unacknowledged, in all and by topic: what bounds the service's memory."""
 
     def __init__(self, config: BrokerConfig) -> None:
-        self._config = config
+        # A broker should never exceed the receive maximum, but mosquitto does after it resumes a session.
+        self._max_messages = 2 * config.max_in_flight
+        self._max_bytes = config.max_held_bytes
+        self._max_by_topic = config.max_in_flight_per_device
+        self._by_topic: Counter[str] = Counter()
+        self._messages = 0
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the socket should rest."""
+        return self._messages >= self._max_messages or self._bytes >= self._max_bytes
+
+    def add(self, delivery: Delivery) -> bool:
+        """Count `delivery`; False, and it is not counted, when its device has its fill in hand already."""
+        if self._by_topic[delivery.topic] >= self._max_by_topic:
+            return False
+        self._by_topic[delivery.topic] += 1
+        self._messages += 1
+        self._bytes += len(delivery.payload)
+        return True
+
+    def remove(self, delivery: Delivery) -> None:
+        """It was acknowledged."""
+        self._messages -= 1
+        self._bytes -= len(delivery.payload)
+        if self._by_topic[delivery.topic] == 1:
+            del self._by_topic[delivery.topic]
+        else:
+            self._by_topic[delivery.topic] -= 1
+
+
+class SteadyTransport:
+    """Keeps a connection, made by `connect` anew whenever the last one is lost."""
+
+    def __init__(self, config: BrokerConfig, connect: Callable[[OnMessages], Connection]) -> None:
         self._endpoint = f"{config.host}:{config.port}"
-        self._tls = _tls_context(config.tls) if config.tls else False
-        self._connection: _Connection | None = None
+        self._group = config.group
+        self._connect = connect
+        self._connection: Connection | None = None
         self._taking = True
         self._runner: asyncio.Task[None] | None = None
 
     @property
     def connected(self) -> bool:
         """Whether messages can flow now."""
-        return self._connection is not None
+        return self._connection is not None and not self._connection.lost.is_set()
 
-    async def start(self, on_message: OnMessage) -> None:
+    async def start(self, on_messages: OnMessages) -> None:
         """Connect in the background, and again whenever the connection is lost."""
-        self._runner = asyncio.create_task(self._run(on_message))
+        self._runner = asyncio.create_task(self._run(on_messages))
 
-    async def publish(self, topic: str, payload: bytes) -> None:
-        """Send with QoS 1, waiting while the broker's receive maximum is used up."""
-        if self._connection is None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send with QoS 1, later if the broker is busy."""
+        connection = self._connection
+        if connection is None or connection.lost.is_set():
             raise TransportError(f"{self._endpoint}: no connection, so {topic} was not sent.")
-        await self._connection.publish(topic, payload)
+        connection.publish(topic, payload, retain)
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Let the coroutine that holds `delivery` return, upon which gmqtt sends the PUBACK."""
-        delivery.acknowledged.set()
+        """Acknowledge by the connection that brought it."""
+        delivery.acknowledged = True
+        if delivery.connection is not None:
+            delivery.connection.acknowledge(delivery)
 
     async def unsubscribe(self) -> None:
         """Ask the broker for no more activations; peers of the group get them."""
         self._taking = False
         if self._connection is not None:
-            self._connection.unsubscribe(topics.every_activation(self._config.group))
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await self._connection.unsubscribe(topics.every_activation(self._group))
+            except (TimeoutError, TransportError) as error:
+                log.warning("%s: unsubscribing: %s", self._endpoint, error or "no answer")
 
     async def stop(self) -> None:
-        """Disconnect. What is unacknowledged stays with the broker."""
+        """Disconnect, and end the session after `unsubscribe`."""
         if self._runner is not None:
             self._runner.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._runner
 
-    async def _run(self, on_message: OnMessage) -> None:
+    async def _run(self, on_messages: OnMessages) -> None:
         """Keep connected until cancelled."""
         backoff_s = FIRST_BACKOFF_S
         while True:
-            connection = _Connection(self._config, self._tls, on_message)
+            connection = self._connect(on_messages)
             try:
-                await connection.open()
-                connection.subscribe(self._filters())
-                self._connection = connection
-                connection.opened.set()
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await connection.open()
+                self._connection = connection  # a kept session delivers before it subscribes again
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await connection.subscribe(self._filters())
                 log.info("connected to the broker at %s", self._endpoint)
                 backoff_s = FIRST_BACKOFF_S
                 await connection.lost.wait()
                 log.warning("lost the connection to the broker at %s", self._endpoint)
-            except (OSError, TimeoutError, MQTTError) as error:
+            except (OSError, TimeoutError, TransportError) as error:
                 log.warning("broker at %s: %s; trying again", self._endpoint, error or "no answer")
             finally:
                 self._connection = None
-                await connection.close()
+                await connection.close(end_session=not self._taking)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads workers, no secret
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _filters(self) -> list[str]:
-        activations = [topics.every_activation(self._config.group)] if self._taking else []
-        return [*activations, topics.every_status()]
+        activations = [topics.every_activation(self._group)] if self._taking else []
+        return [*activations, topics.every_status(), topics.every_outcome()]
 
 
-class _Client(gmqtt.Client):  # type: ignore[misc]  # gmqtt ships no types
-    """gmqtt's client without its own reconnecting, for the reason that `GmqttTransport` gives."""
+def open_transport(config: BrokerConfig) -> SteadyTransport:
+    """Transport over the configured client; `ConfigError` when its TLS files cannot be used."""
+    tls = tls_context(config.tls) if config.tls else None
+    if config.client == "gmqtt":
+        from cloud.gmqtt_client import GmqttConnection
 
-    async def reconnect(self, delay: bool = False) -> None:
-        """Called by gmqtt when the connection is lost; `GmqttTransport` makes a new one."""
+        return SteadyTransport(config, lambda on_messages: GmqttConnection(config, tls, on_messages))
+    from cloud.mqtt5_client import Mqtt5Connection
 
-
-class _Connection:
-    """One connection and the deliveries that came by it."""
-
-    def __init__(self, config: BrokerConfig, tls: ssl.SSLContext | bool, on_message: OnMessage) -> None:
-        self.opened = asyncio.Event()
-        self.lost = asyncio.Event()
-        self._config = config
-        self._tls = tls
-        self._on_message = on_message
-        self._held: set[Delivery] = set()
-        self._latest: Delivery | None = None
-        self._sent = PersistentStorage()
-        self._client = _Client(
-            config.client_id,
-            clean_session=config.session_expiry_s == 0,
-            optimistic_acknowledgement=False,
-            persistent_storage=self._sent,
-            session_expiry_interval=config.session_expiry_s,
-            receive_maximum=config.max_in_flight,
-            maximum_packet_size=config.max_packet_bytes,
-        )
-        if config.username is not None:
-            self._client.set_auth_credentials(config.username, config.password)
-        self._client.on_message = self._receive
-        self._client.on_disconnect = self._note_loss
-
-    async def open(self) -> None:
-        """Connect; raises OSError, TimeoutError or MQTTError."""
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await self._client.connect(self._config.host, self._config.port, ssl=self._tls)
-
-    def subscribe(self, filters: list[str]) -> None:
-        self._client.subscribe([gmqtt.Subscription(name, qos=1) for name in filters])
-
-    def unsubscribe(self, name: str) -> None:
-        self._client.unsubscribe(name)
-
-    async def publish(self, topic: str, payload: bytes) -> None:
-        while not self.lost.is_set():
-            try:
-                self._client.publish(topic, payload, qos=1)
-            except OverflowError:  # noqa: PERF203  # the broker's receive maximum is used up
-                await self._sent.wait_empty()
-            else:
-                return
-        raise TransportError(f"{self._config.host}:{self._config.port}: connection lost, {topic} was not sent.")
-
-    async def close(self) -> None:
-        """Close the socket, then let go of what is held: its acknowledgements go nowhere."""
-        self.opened.set()
-        self.lost.set()
-        try:
-            await self._client.disconnect()
-        except OSError as error:  # the socket is gone, however it ended
-            log.debug("while disconnecting: %s", error)
-        self._sent.clear()
-        for delivery in self._held:
-            delivery.acknowledged.set()
-
-    async def _receive(
-        self, _client: Any, topic: str | bytes, payload: bytes, _qos: int, _properties: Any
-    ) -> int:
-        """Called by gmqtt; it acknowledges with the reason code that this returns, and not before."""
-        if isinstance(topic, bytes):  # gmqtt's way with a topic that is not UTF-8
-            topic = topic.decode(errors="replace")
-        delivery = Delivery(topic, payload)
-        self._held.add(delivery)
-        self._read_on_if_room()
-        earlier, self._latest = self._latest, delivery
-        try:
-            await self.opened.wait()  # a kept session delivers before there is a way to reply
-            await self._on_message(delivery)
-            await delivery.acknowledged.wait()
-            if earlier is not None:  # acknowledgements follow the order of arrival (MQTT-4.6.0-2)
-                await earlier.released.wait()
-        finally:
-            delivery.released.set()
-            self._held.discard(delivery)
-            self._read_on_if_room()
-        return 0
-
-    def _read_on_if_room(self) -> None:
-        """Stop reading the socket at twice the receive maximum.
-
-        A broker should never exceed the maximum, but mosquitto does after it resumes a session. gmqtt has no
-        public way to stop reading.
-        """
-        socket = self._client._connection._transport
-        if len(self._held) >= 2 * self._config.max_in_flight:
-            socket.pause_reading()
-        elif not socket.is_closing():
-            socket.resume_reading()
-
-    def _note_loss(self, _client: Any, _packet: Any, _error: Any = None) -> None:
-        self.lost.set()
-        self._sent.clear()  # wakes whoever waits to publish
+    return SteadyTransport(config, lambda on_messages: Mqtt5Connection(config, tls, on_messages))
 
 
-def _tls_context(config: TlsConfig) -> ssl.SSLContext:
+def tls_context(config: TlsConfig) -> ssl.SSLContext:
+    """Context of TLS 1.2 or newer, with the worker's certificate if it has one; `ConfigError` if unreadable."""
     try:
         context = ssl.create_default_context(cafile=config.ca)
         if config.cert is not None:

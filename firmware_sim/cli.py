@@ -57,13 +57,16 @@ def _chaos(options: dict[str, Any]) -> int:
     return 0 if report.complete else 1
 
 
-def _light(options: dict[str, Any]) -> int:
-    from firmware_sim.light import LoadConfig, run_load
+def _load(options: dict[str, Any]) -> int:
+    from firmware_sim.load import LoadConfig, run_load
 
+    out = options.pop("out")
     given = {key: value for key, value in options.items() if value is not None}
-    broker = {key: given.pop(key) for key in ("host", "port") if key in given}
-    report = run_load(build_config({**given, "broker": broker}, LoadConfig, where="flags"))
-    print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    report = run_load(build_config(given, LoadConfig, where="flags"))
+    text = msgspec.json.format(msgspec.json.encode(report), indent=2)
+    print(text.decode())
+    if out is not None:
+        out.write_bytes(text)
     return 0 if report.complete else 1
 
 
@@ -102,16 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     chaos.add_argument("--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays")
     chaos.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     chaos.set_defaults(run=_chaos)
-    light = commands.add_parser("light", help="hundreds of light devices without a runtime, for load")
-    light.add_argument("--devices", type=int, metavar="N")
-    light.add_argument("--frames", type=int, metavar="N", help="of each device")
-    light.add_argument("--rate-hz", type=float, metavar="HZ", help="of each device")
-    light.add_argument("--window", type=int, metavar="N", help="frames under way of each device")
-    light.add_argument("--timeout-s", type=float, metavar="S")
-    light.add_argument("--bundle", metavar="FILE")
-    light.add_argument("--trusted-key", metavar="FILE")
-    light.add_argument("--host", metavar="HOST")
-    light.add_argument("--port", type=int, metavar="PORT")
-    light.set_defaults(run=_light)
+    load = commands.add_parser(
+        "load", help="load a cloud with many light devices; report losses and percentiles"
+    )
+    load.add_argument("--card", metavar="FILE.server.json", help="of the model whose messages are sent")
+    load.add_argument("--devices", type=int, metavar="N")
+    load.add_argument("--frames", type=int, metavar="N", help="of all devices together")
+    load.add_argument(
+        "--rate-hz", type=float, metavar="HZ", help="of all devices together; 0: as fast as may be"
+    )
+    load.add_argument("--window", type=int, metavar="N", help="unanswered frames of a device, without a rate")
+    load.add_argument("--retry-s", type=float, metavar="S")
+    load.add_argument("--timeout-s", type=float, metavar="S")
+    load.add_argument("--host", metavar="HOST")
+    load.add_argument("--port", type=int, metavar="PORT")
+    load.add_argument("--prefix", metavar="NAME", help="the devices are NAME-0, NAME-1, ...")
+    load.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    load.set_defaults(run=_load)
     add_arm64(commands)
     return parser

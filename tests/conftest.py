@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from firmware_sim.broker import Broker, find_mosquitto, start_broker
+from firmware_sim.broker import Broker, find_mosquitto, free_port, start_broker
 from splitward.wire.bundle import InputSpec, Manifest, create_signing_key, public_key_path, write_bundle
 from splitward.wire.release import ReleaseLaw
 
@@ -48,6 +53,51 @@ def embedded_broker() -> Iterator[Broker]:
     pytest.importorskip("iotcore", reason="iotcore is not installed: pip install 'splitward[broker]'")
     with start_broker(prefer="embedded") as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL, without a database's name, of a PostgreSQL server of the session's own."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path("/usr/bin")]
+    programs = found[-1]
+    if not (programs / "initdb").exists():
+        pytest.skip("postgresql is not installed: apt install postgresql")
+    folder, port = Path(tempfile.mkdtemp(prefix="splitward-postgres-")), free_port()
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        shutil.chown(folder, "postgres", "postgres")
+        as_user = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
+    data = folder / "data"
+    make = [*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "test", "--no-sync"]
+    subprocess.run(make, check=True, capture_output=True, cwd=folder)
+    settings = ["-k", str(folder), "-h", "127.0.0.1", "-p", str(port), "-c", "fsync=off"]
+    server = subprocess.Popen(
+        [*as_user, str(programs / "postgres"), "-D", str(data), *settings],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
+    )  # fmt: skip
+    try:
+        ask = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-t", "30"]
+        deadline_s = time.monotonic() + 60
+        while subprocess.run(ask, check=False, capture_output=True).returncode:
+            assert server.poll() is None, "PostgreSQL ended"
+            assert time.monotonic() < deadline_s, "PostgreSQL does not answer"
+        yield f"postgresql+psycopg://test@127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres_url(postgres: str) -> str:
+    """URL of an empty database of the test's own."""
+    import psycopg
+
+    name = f"test_{os.urandom(6).hex()}"
+    server = postgres.replace("+psycopg", "")
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgres}/{name}"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-// The dashboard: asks the API, follows /events, and draws. What comes from outside is only ever set as text.
+// The dashboard: asks the API, follows /v1/events, and draws. What comes from outside is only ever set as text.
 
 const BUCKET_S = 5;
 const BUCKETS = 60; // five minutes
@@ -254,7 +254,7 @@ async function get(path) {
 async function allDevices() {
   const found = [];
   for (let after = ""; ;) {
-    const { ok, body } = await get(`devices?limit=1000&after=${encodeURIComponent(after)}`);
+    const { ok, body } = await get(`v1/devices?limit=1000&after=${encodeURIComponent(after)}`);
     if (!ok) throw new Error(body.detail);
     found.push(...body.devices);
     if (body.devices.length < 1000) return found;
@@ -289,7 +289,7 @@ function draw() {
 }
 
 function follow() {
-  const events = new EventSource("events");
+  const events = new EventSource("v1/events");
   const stream = byId("stream");
   events.addEventListener("open", () => setState(stream, "Live events: connected", "good"));
   events.addEventListener("error", () => setState(stream, "Live events: reconnecting", "bad"));
@@ -311,7 +311,7 @@ async function start() {
   }
   refresh();
   try {
-    const [models, results] = await Promise.all([get("models"), get("results?limit=1000")]);
+    const [models, results] = await Promise.all([get("v1/models"), get("v1/results?limit=1000")]);
     for (const { model, classes: names } of models.body.models) classes.set(model, names);
     if (results.ok) results.body.results.forEach(note);
   } finally { // what came before is missing then, what comes is shown

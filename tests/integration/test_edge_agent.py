@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import threading
@@ -22,7 +23,9 @@ from edge.results import read_results
 from firmware_sim.broker import Broker
 from firmware_sim.fleet import FleetConfig, run_fleet
 from splitward.errors import BundleError
+from splitward.wire.bundle import read_bundle, read_trusted_key
 from splitward.wire.control import Status
+from splitward.wire.server import ServerCard, write_server_card
 from tests.integration.cloud_double import (
     LINK,
     TIMEOUT_S,
@@ -205,15 +208,15 @@ def test_a_fleet_loses_nothing(tmp_path: Path, mosquitto: Broker, tiny_bundle: A
 
 
 def test_hundreds_of_light_devices_are_answered(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
-    from firmware_sim.light import LoadConfig, run_load
+    from firmware_sim.load import LoadConfig, run_load
 
+    model = read_bundle(tiny_bundle.path, read_trusted_key(tiny_bundle.trusted_key)).model.hex()
+    (tmp_path / "weights").touch()
+    nothing = hashlib.sha256().hexdigest()
+    card = ServerCard(1, model, "tiny", ("no", "yes"), tiny_bundle.manifest.release, {}, "weights", nothing)
+    write_server_card(tmp_path / "tiny.server.json", card)
     config = LoadConfig(
-        devices=100,
-        frames=5,
-        rate_hz=5.0,
-        bundle=str(tiny_bundle.path),
-        trusted_key=str(tiny_bundle.trusted_key),
-        broker=BrokerConfig(port=mosquitto.port),
+        card=str(tmp_path / "tiny.server.json"), devices=100, frames=500, rate_hz=500.0, port=mosquitto.port
     )
     with cloud_at(mosquitto) as cloud:
         report = run_load(config)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cloud.config import EngineConfig
 from cloud.engine import LocalEngine, Scores
 from cloud.metrics import CpuClock
+from cloud.server_half import TOLERANCE
 from splitward.method.halves import NetworkSettings, ServerHalf
 from splitward.training.run import save_tensors
 from splitward.wire.release import ReleaseLaw
@@ -39,7 +41,9 @@ def engine_for(tmp_path: Path) -> Callable:
     """Context manager that serves a random server half."""
 
     @asynccontextmanager
-    async def serve(network: NetworkSettings, batch_size: int, threads: int) -> AsyncIterator[LocalEngine]:
+    async def serve(
+        network: NetworkSettings, batch_size: int, threads: int, backend: str = "auto"
+    ) -> AsyncIterator[LocalEngine]:
         before = torch.get_num_threads()
         torch.manual_seed(0)
         weights = tmp_path / "x.server.safetensors"
@@ -55,7 +59,8 @@ def engine_for(tmp_path: Path) -> Callable:
             sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         )
         write_server_card(tmp_path / "x.server.json", card)
-        engine = LocalEngine([str(tmp_path / "x.server.json")], batch_size, threads, CpuClock())
+        config = EngineConfig(threads=threads, backend=backend)
+        engine = LocalEngine([str(tmp_path / "x.server.json")], batch_size, config, CpuClock())
         await engine.start()
         yield engine
         await engine.stop()
@@ -73,8 +78,7 @@ def released(network: NetworkSettings, count: int, seed: int = 0) -> NDArray[np.
 def rows_of(scores: Scores) -> list[bytes]:
     """Every bit that the engine says of each frame."""
     return [
-        scores.decision[row].tobytes() + bytes(int(stream[row]) for stream in scores.streams.values())
-        for row in range(len(scores.decision))
+        scores.decision[row].tobytes() + scores.streams[row].tobytes() for row in range(len(scores.decision))
     ]
 
 
@@ -94,3 +98,17 @@ async def test_a_result_does_not_depend_on_company_or_position(engine_for, name,
         others = released(network, batch_size, seed=1)
         others[-1] = frames[0]
         assert rows_of(await engine.infer(MODEL, others))[-1] == alone[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+async def test_what_is_compiled_agrees_with_torch(engine_for, name):
+    network = NETWORKS[name]
+    frames = released(network, 64, seed=2)
+    found = {}
+    for backend in ("compiled", "torch"):
+        async with engine_for(network, 64, 1, backend) as engine:
+            assert engine.backends == {"x": "compiled" if backend == "compiled" else "torch-cpu"}
+            found[backend] = await engine.infer(MODEL, frames)
+    apart = np.abs(found["compiled"].decision - found["torch"].decision).max()
+    assert apart < TOLERANCE / 10
+    assert np.array_equal(found["compiled"].streams, found["torch"].streams)

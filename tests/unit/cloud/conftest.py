@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from cloud.app import create_app
-from cloud.config import BatchConfig, CloudConfig, StoreConfig
+from cloud.config import ApiConfig, BatchConfig, CloudConfig, FleetConfig, StoreConfig
 from cloud.engine import Scores
 from cloud.errors import TransportError
 from cloud.transport import Delivery
@@ -37,6 +37,16 @@ CARD = ServerCard(
 POISON = 99
 
 
+class FakeDelivery(Delivery):
+    """A delivery whose acknowledgement a test can wait for."""
+
+    __slots__ = ("done",)
+
+    def __init__(self, topic: str, payload: bytes) -> None:
+        super().__init__(topic, payload)
+        self.done = asyncio.Event()
+
+
 class FakeTransport:
     """Deliveries come from the test; what the service does with them is kept."""
 
@@ -45,22 +55,26 @@ class FakeTransport:
         self.published: list[tuple[str, Result | Refusal]] = []
         self.acknowledged: list[Delivery] = []
         self.steps: list[str] = []
-        self.changed = asyncio.Condition()
+        self.orders: list[tuple[str, bytes, bool]] = []
 
-    async def start(self, on_message) -> None:
+    async def start(self, on_messages) -> None:
         self.connected = True
-        self.on_message = on_message
+        self.on_messages = on_messages
 
-    async def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         if not self.connected:
             raise TransportError("no connection")
-        self.published.append((topic, decode_reply(payload)))
-        self.steps.append("reply")
+        if topic.endswith("/result"):
+            self.published.append((topic, decode_reply(payload)))
+            self.steps.append("reply")
+        else:
+            self.orders.append((topic, payload, retain))
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: FakeDelivery) -> None:
         self.acknowledged.append(delivery)
         self.steps.append("acknowledge")
-        delivery.acknowledged.set()
+        delivery.acknowledged = True
+        delivery.done.set()
 
     async def unsubscribe(self) -> None:
         self.steps.append("unsubscribe")
@@ -69,10 +83,11 @@ class FakeTransport:
         self.connected = False
         self.steps.append("stop")
 
-    async def send(self, topic: str, payload: bytes) -> Delivery:
+    async def send(self, topic: str, payload: bytes) -> FakeDelivery:
         """Deliver, without waiting for the acknowledgement."""
-        delivery = Delivery(topic, payload)
-        await self.on_message(delivery)
+        delivery = FakeDelivery(topic, payload)
+        self.on_messages([delivery])
+        await asyncio.sleep(0)  # lets the pipeline look at it, as a socket would
         return delivery
 
 
@@ -100,7 +115,7 @@ class FakeEngine:
             self.failed.set()
             raise RuntimeError("no such kernel")
         decision = np.exp(activations) / np.exp(activations).sum(1, keepdims=True)
-        return Scores(decision, {name: decision.argmax(1) for name in STREAMS})
+        return Scores(decision, np.stack([decision.argmax(1)] * len(STREAMS), axis=1))
 
 
 class Cloud:
@@ -126,11 +141,13 @@ class Cloud:
         }
         return Activation(**(fields | changes))
 
-    async def send(self, activation: Activation, *, device: str = "pi-1", answered: bool = True) -> Delivery:
+    async def send(
+        self, activation: Activation, *, device: str = "pi-1", answered: bool = True
+    ) -> FakeDelivery:
         """Deliver an activation and, if `answered`, wait until it is acknowledged."""
         delivery = await self.transport.send(topics.activation("ward", device), encode(activation))
         if answered:
-            await asyncio.wait_for(delivery.acknowledged.wait(), 5)
+            await asyncio.wait_for(delivery.done.wait(), 5)
         return delivery
 
     def metric(self, name: str, **labels: str) -> float:
@@ -151,6 +168,8 @@ def run_cloud(tmp_path: Path) -> Callable:
         config = CloudConfig(
             models=(),
             store=StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db", max_dead_letters=5),
+            fleet=FleetConfig(state_dir=str(tmp_path / "fleet"), **changes.get("fleet", {})),
+            api=changes.get("api", ApiConfig()),
             batch=BatchConfig(max_size=4, max_wait_ms=changes.get("max_wait_ms", 1)),
         )
         transport, engine = FakeTransport(), FakeEngine()

@@ -37,16 +37,16 @@ async def test_unready_says_why(cloud, monkeypatch):
 async def test_results_by_page(cloud):
     for sequence in range(5):
         await cloud.send(cloud.activation(sequence))
-    page = (await cloud.http.get("/results?after=0&limit=3&device=pi-1")).json()
-    rest = (await cloud.http.get("/results", params={"after": page["next"]})).json()
+    page = (await cloud.http.get("/v1/results?after=0&limit=3&device=pi-1")).json()
+    rest = (await cloud.http.get("/v1/results", params={"after": page["next"]})).json()
     assert [item["result"]["sequence"] for item in page["results"] + rest["results"]] == [0, 1, 2, 3, 4]
-    end = (await cloud.http.get("/results", params={"after": rest["next"]})).json()
+    end = (await cloud.http.get("/v1/results", params={"after": rest["next"]})).json()
     assert end == {"results": [], "next": rest["next"]}
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after=yesterday"])
 async def test_a_query_of_no_sense_is_refused(cloud, query):
-    assert (await cloud.http.get(f"/results?{query}")).status_code == 422
+    assert (await cloud.http.get(f"/v1/results?{query}")).status_code == 422
 
 
 async def test_a_failing_store_is_503(cloud, monkeypatch):
@@ -54,7 +54,7 @@ async def test_a_failing_store_is_503(cloud, monkeypatch):
         raise StoreError("the disk is gone")
 
     monkeypatch.setattr(cloud.parts.store, "results", fail)
-    assert (await cloud.http.get("/results")).status_code == 503
+    assert (await cloud.http.get("/v1/results")).status_code == 503
 
 
 async def test_devices_and_models(run_cloud):
@@ -62,8 +62,8 @@ async def test_devices_and_models(run_cloud):
         payload = encode_control(Status("online", runtime="onnx-int8", queued=2))
         await cloud.transport.send(topics.status("ward", "pi-1"), payload)
     async with run_cloud() as again:
-        page = (await again.http.get("/devices")).json()
-        models = (await again.http.get("/models")).json()
+        page = (await again.http.get("/v1/devices")).json()
+        models = (await again.http.get("/v1/models")).json()
     assert page["next"] == "ward/pi-1"
     assert page["devices"][0]["status"]["runtime"] == "onnx-int8"
     assert models["models"][0]["classes"] == ["zero", "one", "two"]
@@ -92,7 +92,7 @@ async def test_the_dashboard_runs_under_a_strict_policy(cloud):
 
 
 async def test_another_host_name_is_refused(cloud):
-    answer = await cloud.http.get("/results", headers={"Host": "attacker.example"})
+    answer = await cloud.http.get("/v1/results", headers={"Host": "attacker.example"})
     assert answer.status_code == 400
 
 
@@ -112,7 +112,7 @@ async def test_a_slow_reader_misses_events_and_is_told(cloud):
     await anext(stream)
     await cloud.send(cloud.activation())
     records = await cloud.parts.store.results()
-    cloud.parts.feed.publish(records * (QUEUE_SIZE + 6))
+    cloud.parts.feed.publish(records * (QUEUE_SIZE + 6), {})
     for _ in range(QUEUE_SIZE):
         assert (await anext(stream)).startswith(b"event: result")
     assert await anext(stream) == b"event: missed\ndata: 7\n\n"
@@ -124,6 +124,6 @@ async def test_readers_are_limited(cloud):
     streams = [cloud.parts.feed.stream() for _ in range(MAX_READERS)]
     for stream in streams:
         await anext(stream)
-    assert (await cloud.http.get("/events")).status_code == 503
+    assert (await cloud.http.get("/v1/events")).status_code == 503
     for stream in streams:
         await stream.aclose()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from cloud.__main__ import main
 from cloud.config import BrokerConfig, CloudConfig, TlsConfig, read_cloud_config
-from cloud.transport import GmqttTransport
+from cloud.transport import open_transport
 from splitward.errors import ConfigError
 
 
@@ -42,7 +44,7 @@ def test_half_a_key_pair_is_refused(write):
 
 def test_a_certificate_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"broker\.tls"):
-        GmqttTransport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
+        open_transport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
 
 
 @pytest.mark.parametrize("text", ["", "models = 3", "models = []\n[batch]\nmax_sise = 3"])
@@ -54,3 +56,21 @@ def test_a_wrong_file_is_refused(write, text):
 def test_the_command_exits_with_2_and_says_why(write, capsys):
     assert main(["--config", str(write('models = ["missing.server.json"]'))]) == 2
     assert "missing.server.json" in capsys.readouterr().err
+
+
+def test_beyond_loopback_with_tls_is_accepted(write):
+    text = 'models = []\n[api]\nhost = "192.168.1.4"\ncert = "a.pem"\nkey = "a.key"'
+    assert read_cloud_config(write(text)).api.cert == "a.pem"
+
+
+def test_a_workers_client_id_may_be_its_hosts_name(write):
+    config = read_cloud_config(write('models = []\n[broker]\nclient_id = "cloud-{host}"'))
+    assert config.broker.client_id == f"cloud-{socket.gethostname()}"
+
+
+def test_the_first_token_is_made_at_the_command_line(write, tmp_path, capsys):
+    config = str(write(f'models = []\n[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"'))
+    assert main(["--config", config, "token", "ops", "--scope", "operate"]) == 0
+    assert capsys.readouterr().out.startswith("swt_")
+    assert main(["--config", config, "token", "ops"]) == 2
+    assert "already" in capsys.readouterr().err

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
 from cloud.errors import StoreError
 from splitward.wire import topics
-from splitward.wire.control import Refusal, Result, Status, encode_control
+from splitward.wire.control import Outcome, Refusal, Result, Status, encode_control
 from splitward.wire.message import encode
 
 pytestmark = pytest.mark.anyio
@@ -36,23 +37,64 @@ async def test_nothing_is_acknowledged_before_the_commit(cloud, monkeypatch):
     async def slow_add(records):
         entered.set()
         await gate.wait()
-        await add(records)
+        return await add(records)
 
     monkeypatch.setattr(cloud.parts.store, "add", slow_add)
     delivery = await cloud.send(cloud.activation(), answered=False)
     await asyncio.wait_for(entered.wait(), 5)
     assert cloud.transport.steps == []
     gate.set()
-    await asyncio.wait_for(delivery.acknowledged.wait(), 5)
+    await asyncio.wait_for(delivery.done.wait(), 5)
 
 
 async def test_a_frame_sent_again_is_answered_from_the_store(cloud):
     await cloud.send(cloud.activation(1))
-    await cloud.send(cloud.activation(1, (9, 0, 0)))
+    await cloud.send(cloud.activation(1))
     first, second = (reply for _, reply in cloud.transport.published)
     assert first == second
     assert cloud.engine.batches == [1]
     assert cloud.metric("splitward_messages_total", outcome="duplicate") == 1
+
+
+async def test_another_frame_under_the_same_name_is_refused_as_a_replay(cloud):
+    await cloud.send(cloud.activation(1))
+    await cloud.send(cloud.activation(1, (9, 0, 0)))
+    first, second = (reply for _, reply in cloud.transport.published)
+    assert isinstance(first, Result)
+    assert second.reason == "replay"
+    assert [one.result for one in await cloud.parts.store.results()] == [first]
+
+
+async def test_another_frame_under_the_same_name_in_one_batch_is_refused_too(cloud):
+    deliveries = [await cloud.send(cloud.activation(1, (n, 0, 0)), answered=False) for n in (1, 2)]
+    await asyncio.wait_for(asyncio.gather(*(one.done.wait() for one in deliveries)), 5)
+    assert [getattr(reply, "reason", "result") for _, reply in cloud.transport.published] == [
+        "result",
+        "replay",
+    ]
+
+
+async def test_a_frame_that_another_worker_stored_meanwhile_gets_that_workers_result(cloud, monkeypatch):
+    store, find = cloud.parts.store, cloud.parts.store.find
+    await cloud.send(cloud.activation(1))
+    monkeypatch.setattr(store, "find", lambda keys: find([]))  # as if both looked before either had written
+    await cloud.send(cloud.activation(1))
+    first, second = (reply for _, reply in cloud.transport.published)
+    assert first == second
+
+
+async def test_a_capture_time_in_the_future_is_refused(cloud):
+    await cloud.send(cloud.activation(1, captured_at_ns=time.time_ns() + 600_000_000_000))
+    assert cloud.transport.published[0][1].reason == "clock_skew"
+
+
+async def test_an_outcome_is_noted_and_a_message_on_a_topic_of_ours_is_refused(cloud):
+    await cloud.transport.send(
+        topics.outcome("ward", "pi-1"), encode_control(Outcome("0" * 32, "bundle", "done"))
+    )
+    await cloud.transport.send(topics.result("ward", "pi-1"), b"{}")
+    assert cloud.metric("splitward_messages_total", outcome="outcome") == 1
+    assert cloud.metric("splitward_refusals_total", reason="bad_topic") == 1
 
 
 async def test_a_frame_is_answered_from_the_store_after_a_restart(run_cloud):
@@ -69,7 +111,7 @@ async def test_frames_share_a_batch_and_a_frame_twice_in_it_counts_once(cloud):
     first = await cloud.send(cloud.activation(0), answered=False)
     rest = [await cloud.send(cloud.activation(n), answered=False) for n in (1, 2, 2, 3)]
     cloud.engine.gate.set()
-    await asyncio.wait_for(asyncio.gather(*(d.acknowledged.wait() for d in [first, *rest])), 5)
+    await asyncio.wait_for(asyncio.gather(*(d.done.wait() for d in [first, *rest])), 5)
     assert sum(cloud.engine.batches) == 4
     assert len(await cloud.parts.store.results()) == 4
     assert len(cloud.transport.published) == 5
@@ -137,7 +179,7 @@ async def test_a_failing_engine_leaves_messages_unacknowledged_until_it_recovers
     await asyncio.wait_for(cloud.engine.failed.wait(), 5)
     assert cloud.transport.steps == []
     cloud.engine.broken = False
-    await asyncio.wait_for(delivery.acknowledged.wait(), 5)
+    await asyncio.wait_for(delivery.done.wait(), 5)
     assert isinstance(cloud.transport.published[0][1], Result)
     assert cloud.parts.pipeline.failing is None
 
@@ -154,7 +196,7 @@ async def test_a_failing_store_leaves_messages_unacknowledged_until_it_recovers(
         delivery = await cloud.send(cloud.activation(), answered=False)
         await asyncio.wait_for(failed.wait(), 5)
         assert cloud.transport.steps == []
-    await asyncio.wait_for(delivery.acknowledged.wait(), 5)
+    await asyncio.wait_for(delivery.done.wait(), 5)
     assert cloud.metric("splitward_failures_total", part="store") == 1
 
 
@@ -164,7 +206,7 @@ async def test_an_activation_that_breaks_the_engine_is_refused_and_its_company_i
     waits.append(await cloud.send(cloud.activation(2, (99, 0, 0)), answered=False))
     waits.append(await cloud.send(cloud.activation(3), answered=False))
     cloud.engine.gate.set()
-    await asyncio.wait_for(asyncio.gather(*(d.acknowledged.wait() for d in waits)), 5)
+    await asyncio.wait_for(asyncio.gather(*(d.done.wait() for d in waits)), 5)
     replies = {reply.sequence: reply for _, reply in cloud.transport.published}
     assert replies[2].reason == "engine_failed"
     assert all(isinstance(replies[n], Result) for n in (0, 1, 3))
@@ -190,15 +232,16 @@ async def test_without_a_connection_the_result_is_kept_and_the_message_comes_aga
     add = cloud.parts.store.add
 
     async def noted_add(records):
-        await add(records)
+        earlier = await add(records)
         written.set()
+        return earlier
 
     cloud.parts.store.add = noted_add
     delivery = await cloud.send(cloud.activation(), answered=False)
     await asyncio.wait_for(written.wait(), 5)
     cloud.transport.connected = True
     await cloud.send(cloud.activation())
-    assert not delivery.acknowledged.is_set()
+    assert not delivery.done.is_set()
     assert cloud.metric("splitward_messages_total", outcome="duplicate") == 1
 
 
@@ -206,8 +249,8 @@ async def test_draining_answers_what_is_in_hand_and_takes_nothing_more(run_cloud
     async with run_cloud(max_wait_ms=60_000) as cloud:
         delivery = await cloud.send(cloud.activation(), answered=False)
     late = await cloud.send(cloud.activation(1), answered=False)
-    assert delivery.acknowledged.is_set()
-    assert not late.acknowledged.is_set()
+    assert delivery.done.is_set()
+    assert not late.done.is_set()
     assert cloud.transport.steps == ["unsubscribe", "reply", "acknowledge", "stop"]
 
 
@@ -216,7 +259,7 @@ async def test_draining_gives_up_on_a_failing_engine(run_cloud):
         cloud.engine.broken = True
         delivery = await cloud.send(cloud.activation(), answered=False)
         await asyncio.wait_for(cloud.engine.failed.wait(), 5)
-    assert not delivery.acknowledged.is_set()
+    assert not delivery.done.is_set()
 
 
 async def test_a_status_is_kept_and_a_later_activation_does_not_erase_it(run_cloud):

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
-import pytest
+import asyncio
 
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import column, insert, table, text
+
+from cloud import audit, tables
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
-from cloud.store import Device, Record, Store
+from cloud.migrate import upgrade
+from cloud.record import DeadLetter, Device, Label, Record
+from cloud.retention import delete_old
+from cloud.store import Store, _row
 from splitward.errors import ConfigError
 from splitward.wire.control import Result, Status
 
@@ -17,9 +26,17 @@ def record(sequence: int, *, device: str = "pi-1", stored_at_ns: int = 5, class_
     return Record("ward", device, 2, result)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path) -> str:
+    """Address of an empty database of each kind: the tests are the same."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres_url")
+    return f"sqlite+aiosqlite:///{tmp_path}/cloud.db"
+
+
 @pytest.fixture
-async def store(tmp_path):
-    opened = Store(StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db"))
+async def store(url):
+    opened = Store(StoreConfig(url))
     await opened.open()
     yield opened
     await opened.close()
@@ -27,7 +44,7 @@ async def store(tmp_path):
 
 async def test_the_first_record_of_a_frame_stays(store):
     await store.add([record(1), record(2)])
-    await store.add([record(2, class_index=1), record(3)])
+    assert await store.add([record(2, class_index=1), record(3)]) == {record(2).key: record(2)}
     found = await store.find([record(2).key, record(9).key])
     assert found == {record(2).key: record(2)}
     assert len(await store.results()) == 3
@@ -68,11 +85,14 @@ async def test_devices_by_page(store):
     assert (await store.devices(limit=1))[0].status is None
 
 
-async def test_a_commit_is_durable(store):
+async def test_a_commit_is_durable(tmp_path):
+    store = Store(StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db"))
+    await store.open()
     async with store._engine.connect() as connection:
         journal = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar()
         synchronous = (await connection.exec_driver_sql("PRAGMA synchronous")).scalar()
     assert (journal, synchronous) == ("wal", 2)
+    await store.close()
 
 
 async def test_a_failing_database_is_an_error_of_ours(tmp_path):
@@ -87,3 +107,54 @@ async def test_a_failing_database_is_an_error_of_ours(tmp_path):
 def test_a_url_of_no_use_is_refused(url):
     with pytest.raises(ConfigError, match=r"store\.url"):
         Store(StoreConfig(url))
+
+
+async def test_the_migrations_make_the_tables_that_the_code_knows(store):
+    def differences(connection):
+        return compare_metadata(MigrationContext.configure(connection), tables.metadata)
+
+    async with store._engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
+    await store.open()  # once more changes nothing
+
+
+async def test_a_database_of_the_first_form_keeps_its_results(url):
+    store = Store(StoreConfig(url))
+    await asyncio.to_thread(upgrade, url, "0001")
+    row = {name: value for name, value in _row(record(7)).items() if name != "checksum"}
+    first = [column(one.name, one.type) for one in tables.results.columns if one.name != "checksum"]
+    async with store.write() as connection:
+        await connection.execute(insert(table("results", *first)).values(row))
+        await connection.execute(text("DROP TABLE alembic_version"))
+    await store.open()
+    assert await store.results() == [record(7)]
+    await store.close()
+
+
+async def test_old_results_and_their_labels_are_forgotten(store):
+    day = 86_400_000_000_000
+    await store.add([record(n, stored_at_ns=n * day) for n in range(1, 11)])
+    await store.save_labels([Label("pi-1", "b" * 32, n, 0) for n in (2, 9)], 1, "test")
+    assert await delete_old(store, 5, 10 * day) == 4
+    assert [one.result.sequence for one in await store.results()] == [5, 6, 7, 8, 9, 10]
+    assert [one["labelled"] for one in await store.accuracy()] == [1]
+    assert await delete_old(store, 0, 10 * day) == 0
+
+
+async def test_the_audit_trail_is_chained_even_when_entries_come_at_once(store):
+    async def act(number: int) -> None:
+        async with store.write() as connection:
+            await audit.record(connection, "test", "act", str(number), n=number)
+
+    await asyncio.gather(*map(act, range(8)))
+    assert [one.number for one in await audit.entries(store)] == list(range(1, 9))
+    assert await audit.verify(store) is None
+
+
+async def test_dead_letters_are_bounded(url):
+    store = Store(StoreConfig(url, max_dead_letters=3))
+    await store.open()
+    for number in range(5):
+        await store.bury([DeadLetter(number, "topic", "bad_crc", "")])
+    assert [one.at_ns for one in await store.dead_letters()] == [4, 3, 2]
+    await store.close()

@@ -1,0 +1,246 @@
+"""`python -m benchmarks.cloud`: the cloud service beside its peers, to docs/results/cloud.json.
+
+CPU time is that of the server's processes, by the kernel's account, over the inferences that they made meanwhile:
+client, decoding, inference, commit and reply, for every server. Servers take turns and each figure is a median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.models import HEAVY, SMALL, write_model
+from benchmarks.service import _read
+from firmware_sim.broker import free_port, start_broker
+from firmware_sim.load import LoadConfig, LoadReport, run_load
+from splitward.versions import versions
+from splitward.wire.message import Activation, encode
+from splitward.wire.server import read_server_card
+
+TICKS = os.sysconf("SC_CLK_TCK")
+CLIENTS = ("mqtt5", "gmqtt", "aiomqtt")
+POSTS = ("fastapi_post", "litserve")
+
+
+class Server:
+    """A server process and what it spent."""
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str, broker_port: int) -> None:
+        self.process, self.address, self.broker_port = process, address, broker_port
+
+    def cpu_s(self) -> float:
+        """CPU time of the process and its children, alive or not."""
+        wanted, total = {self.process.pid}, 0
+        for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(stat.parent.name) in wanted or int(fields[1]) in wanted:
+                    wanted.add(int(stat.parent.name))
+                    total += sum(map(int, fields[11:13]))
+        return total / TICKS
+
+
+@contextlib.contextmanager
+def serve(kind: str, folder: Path, card: Path, broker_port: int, number: int = 1) -> Iterator[Server]:
+    """A server of `kind` until the block ends."""
+    port, name = free_port(), f"{kind}-{number}"
+    for leftover in folder.glob(f"{name}.db*"):
+        leftover.unlink()
+    client = kind if kind in ("mqtt5", "gmqtt") else "mqtt5"
+    config = folder / f"{name}.toml"
+    store = folder / ("shared.db" if number else f"{name}.db")
+    config.write_text(
+        f'models = ["{card}"]\n[broker]\nport = {broker_port}\nclient = "{client}"\nclient_id = "{name}"\n'
+        f"[api]\nport = {port}\nrequests_per_s = 1e9\nburst = 1000000000\n[store]\n"
+        f'url = "sqlite+aiosqlite:///{store}"\n[fleet]\nstate_dir = "{folder}/fleet"\n[log]\nlevel = "ERROR"\n'
+    )
+    module = ["cloud"] if kind in ("mqtt5", "gmqtt") else ["benchmarks.peers", kind]
+    with (folder / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module, "--config", str(config)], stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait(
+            process, address + ("/readyz" if kind in CLIENTS else "/health" if kind == "litserve" else "/docs")
+        )
+        yield Server(process, address, broker_port)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):  # noqa: S310  # our own address
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{url} does not answer.")
+
+
+def measure_mqtt(
+    server: Server, card: Path, frames: int, devices: int = 10, **more: Any
+) -> tuple[float, LoadReport]:
+    """CPU microseconds of the server for an inference, and the load's report."""
+    prefix = f"d{time.monotonic_ns()}"
+    window = max(1, 400 // devices)
+    before_s = server.cpu_s()
+    report = run_load(
+        LoadConfig(card=str(card), port=server.broker_port, devices=devices, frames=frames, window=window,
+                   prefix=prefix, **more)
+    )  # fmt: skip
+    return 1e6 * (server.cpu_s() - before_s) / report.results, report
+
+
+def measure_posts(server: Server, card: Path, frames: int) -> float:
+    """The same for a server that takes POSTs, 64 at a time."""
+    law, model = read_server_card(card)[0].release, bytes(16)
+    generator, boot = np.random.default_rng(0), os.urandom(16)
+    bodies = [
+        encode(
+            Activation(
+                "post",
+                boot,
+                n,
+                time.time_ns(),
+                model,
+                generator.integers(-127, 128, law.shape, np.int8),
+                law.scale,
+            )
+        )
+        for n in range(frames)
+    ]
+
+    async def post() -> None:
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=60) as client:
+
+            async def some(first: int) -> None:
+                for body in bodies[first::64]:
+                    (await client.post(f"{server.address}/predict", content=body)).raise_for_status()
+
+            await asyncio.gather(*map(some, range(64)))
+
+    before_s = server.cpu_s()
+    asyncio.run(post())
+    return 1e6 * (server.cpu_s() - before_s) / frames
+
+
+def measure_bare(card: Path, repeats: int) -> dict[str, float]:
+    """Thread CPU microseconds of a frame in a batch of 64: compiled, and by torch's modules."""
+    import torch
+
+    from cloud.server_half import load_half
+
+    torch.set_num_threads(1)
+    found, (about, weights) = {}, read_server_card(card)
+    values = np.random.default_rng(0).standard_normal((64, *about.release.shape), np.float32)
+    halves = {
+        name: load_half(about, weights, backend=name, device="cpu", threads=1, batch=64)
+        for name in ("compiled", "torch")
+    }
+    spent_s: dict[str, list[float]] = {name: [] for name in halves}
+    for _ in range(repeats):
+        for name, half in halves.items():
+            started_s = time.thread_time()
+            half.run(values)
+            spent_s[name].append(time.thread_time() - started_s)
+    for name, times in spent_s.items():
+        found[name] = round(1e6 * statistics.median(times) / 64, 2)
+    return found
+
+
+def main() -> int:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/cloud.json"))
+    parser.add_argument("--frames", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    cpu: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name, start_broker() as broker:
+        folder = Path(name)
+        small, heavy = write_model(folder, "small", SMALL), write_model(folder, "heavy", HEAVY)
+        bare = {"small": measure_bare(small, 50), "heavy": measure_bare(heavy, 5)}
+        rounds: dict[str, list[float]] = {kind: [] for kind in (*CLIENTS, *POSTS)}
+        parts: list[dict[str, float]] = []
+        for _ in range(given.repeats):
+            for kind in rounds:
+                with serve(kind, folder, small, broker.port, 0) as server:
+                    if kind in POSTS:
+                        measure_posts(server, small, given.frames // 10)
+                        rounds[kind].append(measure_posts(server, small, given.frames // 4))
+                        continue
+                    measure_mqtt(server, small, given.frames // 4)
+                    before = _read(server.address)
+                    rounds[kind].append(measure_mqtt(server, small, given.frames)[0])
+                    after = _read(server.address)
+                    if kind == "mqtt5":
+                        done = after["inferences"] - before["inferences"]
+                        parts.append(
+                            {p: 1e6 * (after["cpu"][p] - before["cpu"][p]) / done for p in after["cpu"]}
+                        )
+        cpu = {kind: {"total": round(statistics.median(values), 1)} for kind, values in rounds.items()}
+        cpu["mqtt5"] |= {p: round(statistics.median(one[p] for one in parts), 1) for p in parts[0]}
+        with serve("mqtt5", folder, small, broker.port, 0) as server:
+            measure_mqtt(server, small, given.frames // 4)
+            full = measure_mqtt(server, small, given.frames)[1].results_per_s
+            half = [
+                measure_mqtt(server, small, given.frames // 2, rate_hz=full / 2)[1]
+                for _ in range(given.repeats)
+            ]
+            by_devices = {
+                str(devices): round(
+                    statistics.median(
+                        measure_mqtt(server, small, given.frames, devices)[0] for _ in range(given.repeats)
+                    ),
+                    1,
+                )
+                for devices in (10, 100, 2000)
+            }
+        with serve("mqtt5", folder, heavy, broker.port, 0) as server:
+            measure_mqtt(server, heavy, 256)
+            heavy_us = statistics.median(measure_mqtt(server, heavy, 1024)[0] for _ in range(given.repeats))
+    result = {
+        "cpu_us_per_inference": cpu,
+        "ratios": {f"{kind}_over_mqtt5": round(cpu[kind]["total"] / cpu["mqtt5"]["total"], 2) for kind in cpu},
+        "model_us": bare,
+        "heavy_fraction_of_bare": {
+            "of_compiled": round(bare["heavy"]["compiled"] / heavy_us, 3),
+            "of_torch": round(bare["heavy"]["torch"] / heavy_us, 3),
+        },
+        "saturation_per_s": full,
+        "p99_ms_half_load": statistics.median(one.p99_ms or 0 for one in half),
+        "cpu_us_by_devices": by_devices,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} beside it",
+        "command": f"python -m benchmarks.cloud --frames {given.frames} --repeats {given.repeats}",
+        "versions": versions(),
+    }
+    given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""The API, version 1: results, devices, labels, live events, tokens, enrolment, bundles, roll-outs, the audit trail.
+
+Reading needs the scope `read`, changing `operate`. Devices need no token for what proves itself: an enrolment token,
+a certificate's signature, a ticket. Every error is a problem detail (RFC 9457).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from cloud import audit
+from cloud.access import Operator, Reader, count_stranger
+from cloud.errors import TransportError
+from cloud.problem import Problem
+from cloud.record import MAX_INTEGER, Label
+from cloud.rollout import Plan
+from cloud.routes import Parts, as_json
+
+MAX_LIMIT = 1000
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+HEX = r"^[0-9a-f]{32}$"
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/problem+json": {}}}
+    for status, text in {
+        400: "The request cannot be read.",
+        401: "A token is needed.",
+        403: "Not allowed.",
+        404: "Not here.",
+        409: "In conflict with what is here.",
+        413: "Too large.",
+        422: "A value makes no sense.",
+        429: "Too many requests.",
+        503: "Not now.",
+    }.items()
+}
+router = APIRouter(prefix="/v1", responses=PROBLEMS)
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+Name = Annotated[str, Query(pattern=NAME)]
+InPath = Annotated[str, PathParameter(pattern=NAME)]
+Model = Annotated[str, PathParameter(pattern=HEX)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewToken(_Body):
+    """A token to be made."""
+
+    name: str = Field(pattern=NAME)
+    scopes: list[Literal["read", "operate"]] = Field(min_length=1, max_length=2)
+    days: float | None = Field(default=None, gt=0, le=3650)
+
+
+class Invitation(_Body):
+    """A one-time token for a device of a site."""
+
+    site: str = Field(pattern=NAME)
+    device: str | None = Field(default=None, pattern=NAME)
+    hours: float = Field(default=24.0, gt=0, le=24 * 30)
+
+
+class Enrol(_Body):
+    """A device's request (docs/wire.md, section 8)."""
+
+    token: str = Field(max_length=200)
+    site: str = Field(pattern=NAME)
+    device: str = Field(pattern=NAME)
+    csr: str = Field(max_length=8192)
+
+
+class Renew(_Body):
+    """A device's request for the certificate that follows."""
+
+    certificate: str = Field(max_length=16_384)
+    csr: str = Field(max_length=8192)
+    signature: str = Field(max_length=512)
+
+
+class Why(_Body):
+    """Why something is ended."""
+
+    reason: str = Field(default="", max_length=200)
+
+
+class NewLabel(_Body):
+    """The true class of a frame."""
+
+    device: str = Field(pattern=NAME)
+    boot: str = Field(pattern=HEX)
+    sequence: int = Field(ge=0, le=MAX_INTEGER)
+    class_index: int = Field(ge=0, le=100_000)
+
+
+class NewCommand(_Body):
+    """An order to one device."""
+
+    name: Literal["configure", "rollback", "diagnostics", "restart"]
+    arguments: dict[str, Any] = Field(default_factory=dict, max_length=64)
+
+
+class NewRollout(_Body):
+    """A staged roll-out; `cloud.rollout.Plan` says what each value means."""
+
+    model: str = Field(pattern=HEX)
+    site: str | None = Field(default=None, pattern=NAME)
+    canary_share: float = Field(default=0.1, gt=0, le=1)
+    max_failure_rate: float = Field(default=0.1, ge=0, lt=1)
+    min_outcomes: int = Field(default=1, ge=1, le=1_000_000)
+    patience_s: float = Field(default=3600.0, gt=0, le=30 * 86_400)
+    allow_older: bool = False
+    roll_back: bool = True
+
+
+# --- results -------------------------------------------------------------------------------------------------
+
+
+@router.get("/models")
+async def models(parts: Parts, _: Reader) -> Response:
+    """The models that are served, and the names of their classes."""
+    cards = parts.engine.cards.values()
+    return as_json({"models": [{"model": c.model, "name": c.name, "classes": c.classes} for c in cards]})
+
+
+@router.get("/devices")
+async def devices(
+    parts: Parts, _: Reader, site: Name | None = None, after: str = "", limit: Limit = 100
+) -> Response:
+    """Devices by site and name; go on after `next`, which is `SITE/DEVICE`."""
+    _refuse_zero(after)
+    place, _slash, device = after.partition("/")
+    found = await parts.store.devices(site=site, after=(place, device), limit=limit)
+    return as_json({"devices": found, "next": f"{found[-1].site}/{found[-1].device}" if found else after})
+
+
+@router.get("/results")
+async def results(
+    parts: Parts,
+    _: Reader,
+    device: Name | None = None,
+    site: Name | None = None,
+    model: Annotated[str | None, Query(pattern=HEX)] = None,
+    after: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Limit = 100,
+) -> Response:
+    """Results in the order of storing: the last `limit`, or the first `limit` after `after`.
+
+    `after` is the `next` of an earlier answer, or a time in nanoseconds of UTC since 1970.
+    """
+    _refuse_zero(after or "")
+    try:
+        found = await parts.store.results(device=device, site=site, model=model, after=after, limit=limit)
+    except (ValueError, OverflowError) as error:
+        raise Problem(422, "bad_cursor", f"after: {error}") from error
+    return as_json({"results": found, "next": found[-1].cursor if found else after})
+
+
+@router.get("/events")
+async def events(parts: Parts, _: Reader) -> StreamingResponse:
+    """New results as server-sent events: `result`, and `missed` with a count when the reader was slow."""
+    if parts.feed.full:
+        raise Problem(503, "readers", "as many readers as there may be; close one, or poll /v1/results")
+    return StreamingResponse(parts.feed.stream(), media_type="text/event-stream")
+
+
+@router.post("/labels", status_code=201)
+async def label(
+    parts: Parts, caller: Operator, labels: Annotated[list[NewLabel], Field(max_length=1000)]
+) -> Response:
+    """Tell the true classes of frames, from which the accuracy is known."""
+    await parts.store.save_labels([Label(**one.model_dump()) for one in labels], time.time_ns(), caller.name)
+    return as_json({"labels": len(labels)}, 201)
+
+
+@router.get("/accuracy")
+async def accuracy(parts: Parts, _: Reader) -> Response:
+    """How many labelled results of each model are right."""
+    return as_json({"models": await parts.store.accuracy()})
+
+
+@router.get("/dead-letters")
+async def dead_letters(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
+    """The last refused messages, newest first."""
+    return as_json({"dead_letters": await parts.store.dead_letters(limit)})
+
+
+# --- people --------------------------------------------------------------------------------------------------
+
+
+@router.post("/tokens", status_code=201)
+async def create_token(parts: Parts, caller: Operator, body: NewToken) -> Response:
+    """Make a token; this answer is the only time that it is shown."""
+    token = await parts.access.create(body.name, tuple(body.scopes), caller.name, body.days)
+    return as_json({"name": body.name, "token": token}, 201)
+
+
+@router.delete("/tokens/{name}")
+async def revoke_token(parts: Parts, caller: Operator, name: InPath) -> Response:
+    """Make a token useless at once."""
+    await parts.access.revoke(name, caller.name)
+    return as_json({"revoked": name})
+
+
+@router.get("/audit")
+async def audit_trail(
+    parts: Parts, _: Reader, after: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0, limit: Limit = 100
+) -> Response:
+    """Who did what, oldest first; go on after the last number."""
+    return as_json({"entries": await audit.entries(parts.store, after, limit)})
+
+
+@router.get("/audit/check")
+async def check_audit(parts: Parts, _: Reader) -> Response:
+    """Whether the trail's chain is whole, and else the first entry that does not follow."""
+    broken = await audit.verify(parts.store)
+    return as_json({"whole": broken is None, "broken_at": broken})
+
+
+# --- devices -------------------------------------------------------------------------------------------------
+
+
+@router.post("/enrolment-tokens", status_code=201)
+async def invite(parts: Parts, caller: Operator, body: Invitation) -> Response:
+    """Make a one-time token for a device of a site; this answer is the only time that it is shown."""
+    return as_json(await parts.enrolment.create_token(body.site, body.device, body.hours, caller.name), 201)
+
+
+@router.post("/enrolments", status_code=201, dependencies=[Depends(count_stranger)])
+async def enrol(parts: Parts, body: Enrol) -> Response:
+    """Sign a device's certificate, and tell it whom to trust and where the broker is."""
+    fleet = parts.fleet
+    if fleet.trusted_key is None:
+        raise Problem(409, "no_trusted_key", "set fleet.trusted_key to the public key that signs bundles.")
+    certificate = await parts.enrolment.enrol(body.token, body.site, body.device, body.csr)
+    answer = {
+        "certificate": certificate,
+        "authority": parts.authority.pem,
+        "order_key": parts.authority.order_key_pem,
+        "trusted_key": Path(fleet.trusted_key).read_text(encoding="ascii"),
+        "broker": {"host": fleet.broker_host, "port": fleet.broker_port},
+    }
+    return as_json(answer, 201)
+
+
+@router.post("/enrolments/renew", dependencies=[Depends(count_stranger)])
+async def renew(parts: Parts, body: Renew) -> Response:
+    """Sign the certificate that follows a valid one."""
+    try:
+        signature = base64.b64decode(body.signature, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Problem(422, "bad_signature", f"signature: {error}") from error
+    certificate = await parts.enrolment.renew(body.certificate, body.csr, signature)
+    return as_json({"certificate": certificate, "authority": parts.authority.pem})
+
+
+@router.get("/revocations.crl", dependencies=[Depends(count_stranger)])
+async def revocations(parts: Parts) -> Response:
+    """The revocation list for the broker's `crlfile`, PEM."""
+    return Response(await parts.enrolment.revocation_list(), media_type="application/x-pem-file")
+
+
+@router.post("/devices/{device}/revoke")
+async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Why) -> Response:
+    """Revoke a device's certificates; the broker refuses it once it has the new revocation list."""
+    return as_json({"revoked": await parts.enrolment.revoke(device, body.reason, caller.name)})
+
+
+@router.post("/devices/{site}/{device}/commands", status_code=202)
+async def command(parts: Parts, caller: Operator, site: InPath, device: InPath, body: NewCommand) -> Response:
+    """Order one device to do something."""
+    try:
+        order = await parts.rollouts.command(site, device, body.name, body.arguments, caller.name)
+    except TransportError as error:
+        raise Problem(503, "broker", str(error), {"Retry-After": "5"}) from error
+    return as_json({"order": order}, 202)
+
+
+# --- bundles -------------------------------------------------------------------------------------------------
+
+
+@router.post(
+    "/bundles",
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
+)
+async def add_bundle(parts: Parts, caller: Operator, request: Request) -> Response:
+    """Upload a signed bundle."""
+    return as_json(await parts.registry.add(request.stream(), caller.name), 201)
+
+
+@router.get("/bundles")
+async def bundles(parts: Parts, _: Reader) -> Response:
+    """Every bundle with its manifest, certificate included, newest first."""
+    return as_json({"bundles": await parts.registry.every()})
+
+
+@router.get("/bundles/{model}/file", dependencies=[Depends(count_stranger)])
+async def bundle_file(
+    parts: Parts, model: Model, ticket: Annotated[str, Query(max_length=300)]
+) -> FileResponse:
+    """The bundle's bytes, whole or by range, for the holder of a ticket."""
+    if parts.authority.check_ticket(ticket, model, time.time()) is None:
+        raise Problem(403, "bad_ticket", "the ticket is unknown, for another bundle, or expired.")
+    about = await parts.registry.find(model)
+    path = parts.registry.path(model)
+    if not path.exists():
+        raise Problem(404, "missing_file", f"the file of bundle {model} is gone: upload it again.")
+    return FileResponse(path, media_type="application/octet-stream", headers={"ETag": f'"{about["sha256"]}"'})
+
+
+@router.post("/rollouts", status_code=201)
+async def create_rollout(parts: Parts, caller: Operator, body: NewRollout) -> Response:
+    """Roll a bundle out: to a canary share first, then to the rest."""
+    return as_json(await parts.rollouts.create(Plan(**body.model_dump()), caller.name), 201)
+
+
+@router.get("/rollouts")
+async def rollouts(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
+    """The last roll-outs and the states of their orders."""
+    return as_json({"rollouts": await parts.rollouts.latest(limit)})
+
+
+@router.post("/rollouts/{rollout}/halt")
+async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why) -> Response:
+    """Stop a roll-out and take it back."""
+    try:
+        await parts.rollouts.halt(rollout, body.reason or "halted by an operator", caller.name)
+    except TransportError as error:
+        raise Problem(503, "broker", str(error), {"Retry-After": "5"}) from error
+    return as_json({"halted": rollout})
+
+
+def _refuse_zero(text: str) -> None:
+    """PostgreSQL has no place for the character 0 in a text."""
+    if "\0" in text:
+        raise Problem(422, "invalid", "after: holds a character that no name has.")

@@ -1,0 +1,206 @@
+"""The fleet's keys: a certificate authority for devices, the order key, and the key of tickets.
+
+They lie in `state_dir` (mode 0600), made at the first start. The authority signs client certificates of devices and
+nothing else; the broker trusts it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from splitward.errors import ConfigError, MessageError
+
+RENEWAL = b"splitward renewal v1\0"
+AUTHORITY_DAYS = 3650
+CRL_DAYS = 7
+_BACKDATED = datetime.timedelta(minutes=10)
+"""A device's clock may be behind ours."""
+
+
+class Authority:
+    """Signs what devices trust.
+
+    Raises
+    ------
+    ConfigError
+        The keys in `folder` cannot be read or made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            key = _key(folder / "authority.key", lambda: ec.generate_private_key(ec.SECP256R1()))
+            order_key = _key(folder / "order.key", Ed25519PrivateKey.generate)
+            self._ticket_key = _secret(folder / "ticket.key")
+            if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(order_key, Ed25519PrivateKey):
+                raise ValueError("a key is of another kind")
+            self._key, self.order_key = key, order_key
+            self.certificate = self._certificate(folder / "authority.pem")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"fleet.state_dir {folder}: {error}. Restore the keys from a copy.") from error
+
+    @property
+    def pem(self) -> str:
+        """The authority's certificate."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    @property
+    def order_key_pem(self) -> str:
+        """Public half of the order key."""
+        public = self.order_key.public_key()
+        return public.public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ).decode()
+
+    def read_request(self, pem: str, device: str) -> x509.CertificateSigningRequest:
+        """A device's request; `MessageError` (`bad_csr`) when it cannot be granted."""
+        try:
+            request = x509.load_pem_x509_csr(pem.encode())
+            key = request.public_key()
+            if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+                raise ValueError("its key is not of the curve P-256")
+            if not request.is_signature_valid:
+                raise ValueError("its signature is wrong")
+            names = [one.value for one in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+            if names != [device]:
+                raise ValueError(f"its common name is {names}, not the device id {device}")
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise MessageError("bad_csr", f"the certificate request cannot be used: {error}.") from error
+        return request
+
+    def issue(self, request: x509.CertificateSigningRequest, device: str, days: float) -> x509.Certificate:
+        """Client certificate of `device` for the request's key."""
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)]))
+            .issuer_name(self.certificate.subject)
+            .public_key(request.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACKDATED)
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(sign_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def revocation_list(self, revoked: list[tuple[int, int]]) -> bytes:
+        """PEM list of (serial, revoked_at_ns)."""
+        now = datetime.datetime.now(datetime.UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now)
+            .next_update(now + datetime.timedelta(days=CRL_DAYS))
+        )
+        for serial, at_ns in revoked:
+            at = datetime.datetime.fromtimestamp(at_ns / 1e9, datetime.UTC)
+            builder = builder.add_revoked_certificate(
+                x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(at).build()
+            )
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def check_renewal(self, pem: str, csr: str, signature: bytes) -> x509.Certificate:
+        """The certificate that is to be renewed; `MessageError` (`bad_certificate`) when it proves nothing."""
+        try:
+            certificate = x509.load_pem_x509_certificate(pem.encode())
+            certificate.verify_directly_issued_by(self.certificate)
+            key = certificate.public_key()
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise ValueError("its key is of another kind")
+            key.verify(signature, RENEWAL + csr.encode(), ec.ECDSA(hashes.SHA256()))
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise MessageError(
+                "bad_certificate", f"not this authority's, or not its holder's signature: {error}"
+            ) from error
+        return certificate
+
+    def ticket(self, model: str, device: str, expires_at_s: int) -> str:
+        """Capability to fetch the file of `model`, for `device`, until then."""
+        return f"{expires_at_s}.{device}.{self._ticket_digest(model, device, expires_at_s)}"
+
+    def check_ticket(self, ticket: str, model: str, now_s: float) -> str | None:
+        """Device that a valid ticket names; None of one that is not valid."""
+        expires, _, rest = ticket.partition(".")
+        device, _, digest = rest.partition(".")
+        if not (expires.isascii() and expires.isdigit() and len(expires) < 15 and digest.isascii()):
+            return None
+        good = hmac.compare_digest(digest, self._ticket_digest(model, device, int(expires)))
+        return device if good and int(expires) > now_s else None
+
+    def _ticket_digest(self, model: str, device: str, expires_at_s: int) -> str:
+        text = f"splitward ticket v1\0{model}\0{device}\0{expires_at_s}"
+        return hmac.new(self._ticket_key, text.encode(errors="replace"), hashlib.sha256).hexdigest()
+
+    def _certificate(self, path: Path) -> x509.Certificate:
+        if path.exists():
+            return x509.load_pem_x509_certificate(path.read_bytes())
+        now = datetime.datetime.now(datetime.UTC)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Splitward devices")])
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(self._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACKDATED)
+            .not_valid_after(now + datetime.timedelta(days=AUTHORITY_DAYS))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(sign_certificates=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return certificate
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _secret(path: Path) -> bytes:
+    if not path.exists():
+        _write(path, os.urandom(32))
+    return path.read_bytes()
+
+
+def _key(path: Path, make: object) -> object:
+    if not path.exists():
+        key = make()  # type: ignore[operator]  # a key's generator
+        _write(
+            path,
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+        )
+    return serialization.load_pem_private_key(path.read_bytes(), password=None)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)

@@ -1,0 +1,138 @@
+"""How a device gets its certificate: a one-time token made by an operator, a request signed on the device."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from sqlalchemy import select, update
+
+from cloud import audit, tables
+from cloud.access import digest_secret
+from cloud.authority import Authority
+from cloud.config import FleetConfig
+from cloud.problem import Problem
+from cloud.store import Store
+from splitward.errors import MessageError
+
+PREFIX = "swe_"
+
+
+class Enrolment:
+    """Enrols devices, renews and revokes their certificates."""
+
+    def __init__(self, store: Store, authority: Authority, config: FleetConfig) -> None:
+        self._store = store
+        self._authority = authority
+        self._days = config.certificate_days
+
+    async def create_token(self, site: str, device: str | None, hours: float, actor: str) -> dict[str, Any]:
+        """A token with which one device of `site` (this one, if named) may enrol within `hours`."""
+        secret, now_ns = PREFIX + secrets.token_urlsafe(32), time.time_ns()
+        row = {
+            "id": secrets.token_hex(16),
+            "digest": digest_secret(secret),
+            "site": site,
+            "device": device,
+            "created_at_ns": now_ns,
+            "expires_at_ns": now_ns + int(hours * 3600e9),
+        }
+        async with self._store.write() as connection:
+            await connection.execute(tables.enrolment_tokens.insert(), row)
+            await audit.record(connection, actor, "enrolment.invite", f"{site}/{device or '*'}", id=row["id"])
+        return {"token": secret, "id": row["id"], "expires_at_ns": row["expires_at_ns"]}
+
+    async def enrol(self, token: str, site: str, device: str, csr: str) -> str:
+        """The device's certificate, PEM; `Problem` 403, 409 or 422."""
+        request = self._read(csr, device)
+        used, now_ns = tables.enrolment_tokens, time.time_ns()
+        claim = (
+            update(used)
+            .where(
+                used.c.digest == digest_secret(token),
+                used.c.site == site,
+                used.c.used_at_ns.is_(None),
+                used.c.expires_at_ns > now_ns,
+                (used.c.device.is_(None)) | (used.c.device == device),
+            )
+            .values(used_at_ns=now_ns, used_by=device)
+        )
+        async with self._store.write() as connection:
+            if (await connection.execute(claim)).rowcount != 1:
+                raise Problem(403, "bad_token", "the token is unknown, used, expired, or for another device.")
+            enrolled = self._store.insert(tables.enrolled).on_conflict_do_nothing()
+            row = {"device": device, "site": site, "at_ns": now_ns}
+            if (await connection.execute(enrolled, row)).rowcount != 1:
+                raise Problem(409, "taken", f"a device is called {device} already: ids are unique in a fleet.")
+            certificate = self._authority.issue(request, device, self._days)
+            await connection.execute(tables.certificates.insert(), _row(certificate, site, device))
+            await audit.record(connection, f"device {device}"[:64], "device.enrol", f"{site}/{device}")
+        return _pem(certificate)
+
+    async def renew(self, certificate: str, csr: str, signature: bytes) -> str:
+        """A new certificate for the holder of a valid one; `Problem` 403 or 422."""
+        try:
+            old = self._authority.check_renewal(certificate, csr, signature)
+        except MessageError as error:
+            raise Problem(403, error.reason, str(error)) from error
+        known = tables.certificates.c
+        rows = await self._store.read(
+            select(tables.certificates).where(known.serial == f"{old.serial_number:x}")
+        )
+        if not rows or rows[0]["revoked_at_ns"] is not None or rows[0]["expires_at_ns"] < time.time_ns():
+            raise Problem(403, "revoked", "the certificate is revoked or expired; enrol the device again.")
+        site, device = rows[0]["site"], rows[0]["device"]
+        new = self._authority.issue(self._read(csr, device), device, self._days)
+        async with self._store.write() as connection:
+            await connection.execute(tables.certificates.insert(), _row(new, site, device))
+            await audit.record(connection, f"device {device}"[:64], "device.renew", f"{site}/{device}")
+        return _pem(new)
+
+    async def revoke(self, device: str, reason: str, actor: str) -> int:
+        """Revoke every certificate of `device`, which may then enrol anew; how many; `Problem` 404 if none."""
+        known = tables.certificates
+        change = (
+            update(known)
+            .where(known.c.device == device, known.c.revoked_at_ns.is_(None))
+            .values(revoked_at_ns=time.time_ns(), reason=reason)
+        )
+        async with self._store.write() as connection:
+            count = (await connection.execute(change)).rowcount
+            if not count:
+                raise Problem(404, "unknown", f"{device} has no valid certificate.")
+            await connection.execute(tables.enrolled.delete().where(tables.enrolled.c.device == device))
+            await audit.record(connection, actor, "device.revoke", device, reason=reason)
+        return count
+
+    async def revocation_list(self) -> bytes:
+        """The signed list of what is revoked and has not expired, PEM."""
+        known = tables.certificates.c
+        rows = await self._store.read(
+            select(known.serial, known.revoked_at_ns)
+            .where(known.revoked_at_ns.is_not(None), known.expires_at_ns > time.time_ns())
+            .order_by(known.serial)
+        )
+        return self._authority.revocation_list([(int(row["serial"], 16), row["revoked_at_ns"]) for row in rows])
+
+    def _read(self, csr: str, device: str) -> x509.CertificateSigningRequest:
+        try:
+            return self._authority.read_request(csr, device)
+        except MessageError as error:
+            raise Problem(422, error.reason, str(error)) from error
+
+
+def _row(certificate: x509.Certificate, site: str, device: str) -> dict[str, Any]:
+    return {
+        "serial": f"{certificate.serial_number:x}",
+        "site": site,
+        "device": device,
+        "issued_at_ns": time.time_ns(),
+        "expires_at_ns": int(certificate.not_valid_after_utc.timestamp()) * 1_000_000_000,
+    }
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()

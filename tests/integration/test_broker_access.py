@@ -1,0 +1,186 @@
+"""The shipped broker configuration on a real mosquitto: a device's certificate reaches its own topics alone."""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import ipaddress
+import queue
+import ssl
+import subprocess
+import time
+from pathlib import Path
+
+import paho.mqtt.client as paho
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from cloud.authority import Authority
+from firmware_sim.broker import find_mosquitto, free_port
+from splitward.wire import topics
+
+SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "mosquitto"
+
+
+def certify(authority: Authority, folder: Path, name: str) -> int:
+    """Certificate and key of `name` in `folder`; its serial number."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    certificate = authority.issue(csr, name, 1)
+    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_key(folder / f"{name}.key", key)
+    return certificate.serial_number
+
+
+def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
+
+
+def certify_broker(folder: Path) -> None:
+    """The broker's own certificate, of an authority of its own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = (
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "broker")]),
+        datetime.datetime.now(datetime.UTC),
+    )
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "broker.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_key(folder / "broker.key", key)
+
+
+class Member:
+    """A client with the certificate of `name`."""
+
+    def __init__(self, folder: Path, port: int, name: str) -> None:
+        self.messages: queue.Queue[str] = queue.Queue()
+        self.codes: queue.Queue[list[int]] = queue.Queue()
+        self.published: queue.Queue[int] = queue.Queue()
+        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, f"client-{name}", protocol=paho.MQTTv5)
+        self.client.tls_set(
+            str(folder / "broker.pem"), str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+        )
+        self.client.on_message = lambda _c, _d, message: self.messages.put(message.topic)
+        self.client.on_subscribe = lambda _c, _d, _m, codes, _p: self.codes.put([code.value for code in codes])
+        self.client.on_publish = lambda _c, _d, _m, code, _p: self.published.put(code.value)
+        self.client.connect("127.0.0.1", port)
+        self.client.loop_start()
+
+    def subscribe(self, name: str) -> None:
+        self.client.subscribe(name, 1)
+        self.codes.get(timeout=10)
+
+    def publish(self, name: str) -> int:
+        """The reason code of the broker's acknowledgement."""
+        self.client.publish(name, b"x", 1)
+        return self.published.get(timeout=10)
+
+    def stop(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+@pytest.fixture
+def hardened(tmp_path: Path):
+    program = find_mosquitto()
+    if program is None:
+        pytest.skip("mosquitto is not installed: apt install mosquitto")
+    authority, port = Authority(tmp_path / "fleet"), free_port()
+    (tmp_path / "authority.pem").write_text(authority.pem)
+    serials = {name: certify(authority, tmp_path, name) for name in ("cloud", "pi-1", "pi-2", "pi-3")}
+    certify_broker(tmp_path)
+    (tmp_path / "revoked.crl").write_bytes(authority.revocation_list([(serials["pi-3"], time.time_ns())]))
+    (tmp_path / "acl").write_text((SHIPPED / "acl").read_text())
+    text = (SHIPPED / "mosquitto.conf").read_text().replace("listener 8883", f"listener {port} 127.0.0.1")
+    for there in ("/mosquitto/certs", "/mosquitto/config", "/mosquitto/data"):
+        text = text.replace(there, str(tmp_path))
+    (tmp_path / "mosquitto.conf").write_text(f"{text}\nuser {getpass.getuser()}\n")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([program, "-c", str(tmp_path / "mosquitto.conf")], stdout=log, stderr=log)
+    members: list[Member] = []
+
+    def join(name: str) -> Member:
+        deadline_s = time.monotonic() + 10
+        while True:
+            try:
+                members.append(Member(tmp_path, port, name))
+            except ConnectionRefusedError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline_s
+                continue
+            return members[-1]
+
+    yield join
+    for member in members:
+        member.stop()
+    process.kill()
+    process.wait()
+
+
+def test_a_device_reaches_its_own_topics_alone(hardened):
+    cloud, mine, other = hardened("cloud"), hardened("pi-1"), hardened("pi-2")
+    cloud.subscribe(topics.every_activation("cloud"))
+    cloud.subscribe(topics.every_status())
+    for name in (topics.result("ward", "pi-1"), topics.command("ward", "pi-1"), topics.bundle("ward", "pi-1")):
+        mine.subscribe(name)
+        other.subscribe(name)
+    other.subscribe("splitward/v1/#")
+    other.subscribe(topics.result("ward", "pi-2"))
+
+    assert mine.publish(topics.activation("ward", "pi-1")) < 128
+    assert cloud.messages.get(timeout=10) == topics.activation("ward", "pi-1")
+    for forged in (
+        topics.activation("ward", "pi-1"),
+        topics.status("ward", "pi-1"),
+        topics.result("ward", "pi-2"),
+    ):
+        assert other.publish(forged) == 135  # not authorized
+    assert other.publish(topics.status("ward", "pi-2")) < 128
+    assert cloud.messages.get(timeout=10) == topics.status("ward", "pi-2")
+
+    for order in (topics.result, topics.command, topics.bundle):
+        assert cloud.publish(order("ward", "pi-1")) < 128
+        assert mine.messages.get(timeout=10) == order("ward", "pi-1")
+    assert cloud.publish(topics.result("ward", "pi-2")) < 128
+    assert other.messages.get(timeout=10) == topics.result("ward", "pi-2")  # and nothing before it
+    assert other.messages.empty()
+
+
+def test_a_revoked_certificate_and_none_at_all_are_refused(hardened, tmp_path):
+    hardened("pi-1")
+    revoked = hardened("pi-3")
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s and not revoked.client.is_connected():
+        time.sleep(0.05)
+    assert not revoked.client.is_connected()
+    bare = paho.Client(paho.CallbackAPIVersion.VERSION2, "bare", protocol=paho.MQTTv5)
+    bare.tls_set(str(tmp_path / "broker.pem"), tls_version=ssl.PROTOCOL_TLS_CLIENT)
+    port = revoked.client.port
+    try:
+        bare.connect("127.0.0.1", port)
+        bare.loop_start()
+        deadline_s = time.monotonic() + 2
+        while time.monotonic() < deadline_s:
+            assert not bare.is_connected()
+            time.sleep(0.05)
+    except OSError:
+        pass
+    finally:
+        bare.loop_stop()
