@@ -112,7 +112,9 @@ def install(bundle: Path, release: Release) -> None:
     """Have RAUC write the other slot and put it on trial; `SystemUpdateError` when it refuses."""
     done = subprocess.run(["rauc", "install", str(bundle)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemUpdateError(f"{release.version} is not installed: {(done.stdout + done.stderr).strip()[-500:]}")
+        raise SystemUpdateError(
+            f"{release.version} is not installed: {(done.stdout + done.stderr).strip()[-500:]}"
+        )
 
 
 def running_version(path: Path = RELEASE) -> str:
