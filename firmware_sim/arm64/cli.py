@@ -36,7 +36,7 @@ def add_arm64(commands: Any) -> None:
 
 
 def _boot(options: dict[str, Any]) -> int:
-    from edge.capture import read_recording
+    from edge.recording import read_recording
     from firmware_sim.arm64.machine import missing_tools
     from firmware_sim.arm64.trial import Scenario, format_trial, run_trial
     from firmware_sim.arm64.user import EmulationError

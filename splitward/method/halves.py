@@ -176,7 +176,7 @@ class ServerHalf(nn.Module):
             self.expand = nn.Linear(settings.values, channels * height * width)
         elif settings.values:
             self.expand = nn.Conv2d(settings.values, channels, 3, padding=1)
-        self.recovery: nn.Module = Recovery(settings.recovery, settings.mu)
+        self.recovery = Recovery(settings.recovery, settings.mu)
         self.fusion = ConvolutionSum(channels)
         self.attacked = _stream(settings)
         self.recovered = _stream(settings)

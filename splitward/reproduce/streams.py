@@ -132,7 +132,7 @@ class Server(nn.Module):
         self.settings, self.variant, made = settings, variant, VARIANTS[variant]
         self.server = ServerHalf(settings)
         if made is not None:
-            self.server.recovery = made(*settings.server_shape[:2])
+            self.server.recovery = made(*settings.server_shape[:2])  # type: ignore[assignment]  # a variant
 
     def forward(self, released: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, values] to three times [B, classes]."""
