@@ -174,7 +174,7 @@ async def events(parts: Parts, _: Reader) -> StreamingResponse:
 
 @router.post("/labels", status_code=201)
 async def label(
-    parts: Parts, caller: Operator, labels: Annotated[list[NewLabel], Field(max_length=1000)]
+    parts: Parts, caller: Operator, labels: Annotated[list[NewLabel], Field(min_length=1, max_length=1000)]
 ) -> Response:
     """Tell the true classes of frames, from which the accuracy is known."""
     await parts.store.save_labels([Label(**one.model_dump()) for one in labels], time.time_ns(), caller.name)

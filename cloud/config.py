@@ -140,10 +140,11 @@ class LimitsConfig(msgspec.Struct, frozen=True):
     Attributes
     ----------
     max_ahead_s, max_age_s : float
-        How far the capture time may lie in the future, and in the past.
+        How far the capture time may lie in the future, and in the past. Off by default: a refused frame is lost, and
+        a board whose clock is wrong for a day should not lose that day. The time of storing is the cloud's own.
     """
 
-    max_ahead_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    max_ahead_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_age_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 

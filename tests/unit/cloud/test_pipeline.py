@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from cloud.config import LimitsConfig
 from cloud.errors import StoreError
 from splitward.wire import topics
 from splitward.wire.control import Outcome, Refusal, Result, Status, encode_control
@@ -83,9 +84,14 @@ async def test_a_frame_that_another_worker_stored_meanwhile_gets_that_workers_re
     assert first == second
 
 
-async def test_a_capture_time_in_the_future_is_refused(cloud):
-    await cloud.send(cloud.activation(1, captured_at_ns=time.time_ns() + 600_000_000_000))
-    assert cloud.transport.published[0][1].reason == "clock_skew"
+async def test_a_wrong_clock_costs_no_frame_unless_the_operator_says_so(run_cloud):
+    ahead_ns = time.time_ns() + 600_000_000_000
+    async with run_cloud() as cloud:
+        await cloud.send(cloud.activation(1, captured_at_ns=ahead_ns))
+        assert isinstance(cloud.transport.published[0][1], Result)
+    async with run_cloud(limits=LimitsConfig(max_ahead_s=300.0)) as cloud:
+        await cloud.send(cloud.activation(2, captured_at_ns=ahead_ns))
+        assert cloud.transport.published[0][1].reason == "clock_skew"
 
 
 async def test_an_outcome_is_noted_and_a_message_on_a_topic_of_ours_is_refused(cloud):
