@@ -109,6 +109,8 @@ def test_any_release_and_the_same_bits_again(attack: Attack, profile: str, chann
 @each_attack
 def test_more_auxiliary_images_never_help_the_defender(attack: Attack) -> None:
     few, many = case_for("sealed", auxiliary=30), case_for("sealed", auxiliary=400)
+    if "effort" in vars(attack):
+        attack = replace(attack, effort=3.0)  # type: ignore[type-var]  # each attack is a dataclass
     # Steps are the same, so a decoder that is far from trained gains nothing: a small tolerance.
     assert error(attack, *many) <= error(attack, *few) + 3e-3
 
