@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := edge,edge-tflite,dicom,camera,cloud,train,broker,dev
 SOURCES := splitward edge cloud export firmware_sim tests benchmarks
 
-.PHONY: help setup demo test check format bench constraints mosquitto postgresql emulators image-container bench-arm64 clean
+.PHONY: help setup demo test test-arm64 check format bench constraints mosquitto postgresql emulators image-container bench-arm64 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,8 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup mosquitto postgresql emulators check ## everything that is tested; a skip says what is missing
-	$(BIN)/python -m pytest $(PYTEST)
+test: setup mosquitto postgresql check ## everything but the emulated board; a skip says what is missing
+	$(BIN)/python -m pytest --ignore=tests/arm64 $(PYTEST)
+
+test-arm64: setup mosquitto emulators ## the device under emulation: programs, container, whole machines; as root
+	$(BIN)/python -m pytest tests/arm64 $(PYTEST)
 
 check: setup ## style, types, and who may import whom
 	$(BIN)/ruff format --check --quiet $(SOURCES)

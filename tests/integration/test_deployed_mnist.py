@@ -12,6 +12,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from cloud.config import EngineConfig
 from cloud.engine import LocalEngine
 from cloud.metrics import CpuClock
 from edge.config import RuntimeConfig
@@ -61,7 +62,7 @@ class Deployed:
         values = np.stack([dequantise(one.values, one.scale, one.zero_point) for one in received])
 
         async def infer() -> list[NDArray[np.float32]]:
-            engine = LocalEngine([str(self.card)], BATCH, 1, CpuClock())
+            engine = LocalEngine([str(self.card)], BATCH, EngineConfig(), CpuClock())
             await engine.start()
             scores = [
                 (await engine.infer(self.bundle.model, values[start : start + BATCH])).decision
