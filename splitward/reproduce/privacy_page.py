@@ -107,7 +107,8 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
         lines.append(
             f"Certificate: no attacker's MSE is below {certificate['bound_mse']:.4f} ({captures}) on "
             f"{certificate['frames']} held-out frames, where the class means have "
-            f"{certificate['class_mean_mse']:.4f}; broken by {broken}."
+            f"{certificate['class_mean_mse']:.4f}. Other frames have another bound: held against that of the very "
+            f"frames that it attacked, it is broken by {broken}."
         )
     return "\n".join(lines) + "\n"
 

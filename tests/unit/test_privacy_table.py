@@ -140,7 +140,7 @@ def test_the_page_shows_the_tables_figures(grid, monkeypatch):
     assert f"| sealed | {100 * row['accuracy']:.2f}" in page
     assert f"| {row['worst_ssim']:.3f} | cheat |" in page
     assert "Not complete: label, none, sealed" in page
-    assert "broken by cheat" in page
+    assert "it is broken by cheat" in page
     assert "| sealed | critic told the labels | no | 40, None |  | 0.500 | 0.318 | 0 of 20 |" in page
 
 
