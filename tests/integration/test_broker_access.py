@@ -158,9 +158,11 @@ def test_a_device_reaches_its_own_topics_alone(hardened):
     for order in (topics.result, topics.command, topics.bundle):
         assert cloud.publish(order("ward", "pi-1")) < 128
         assert mine.messages.get(timeout=10) == order("ward", "pi-1")
-    assert cloud.publish(topics.result("ward", "pi-2")) < 128
-    assert other.messages.get(timeout=10) == topics.result("ward", "pi-2")  # and nothing before it
-    assert other.messages.empty()
+    own = topics.result("ward", "pi-2")
+    assert cloud.publish(own) < 128
+    assert other.messages.get(timeout=10) == own  # and nothing before it
+    while not other.messages.empty():
+        assert other.messages.get() == own  # its two filters overlap, so it may come twice
 
 
 def test_a_revoked_certificate_and_none_at_all_are_refused(hardened, tmp_path):
