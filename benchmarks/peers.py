@@ -134,8 +134,8 @@ def serve_litserve(config: CloudConfig) -> None:
     """LitServe with batching, one worker."""
     import litserve
 
-    class Api(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:  # noqa: ARG002
+    class Api(litserve.LitAPI):  # type: ignore[misc]  # litserve has no types
+        def setup(self, device: str) -> None:  # noqa: ARG002  # litserve calls it so
             self.answerer = _Answerer(config, config.batch.max_size)
 
         async def decode_request(self, request: Request) -> bytes:

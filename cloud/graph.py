@@ -205,8 +205,8 @@ def _fold_norm(module: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     from torch import nn
 
     assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101  # the caller looked
-    assert norm.running_var is not None  # noqa: S101
-    assert norm.running_mean is not None  # noqa: S101
+    assert norm.running_var is not None  # noqa: S101  # it tracks them by default
+    assert norm.running_mean is not None  # noqa: S101  # it tracks them by default
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = module.weight.double() * scale.view(-1, 1, 1, 1)
     bias = norm.bias.double() + (_bias(module).double() - norm.running_mean.double()) * scale

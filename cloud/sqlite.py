@@ -23,8 +23,8 @@ _COLUMNS = (
     "device, boot, sequence, site, model, class_index, class_name, scores, streams, captured_at_ns, "
     "received_at_ns, stored_at_ns, checksum"
 )
-_INSERT = f"INSERT INTO results ({_COLUMNS}) VALUES ({', '.join('?' * 13)}) ON CONFLICT DO NOTHING"  # noqa: S608
-_SELECT = f"SELECT {_COLUMNS} FROM results WHERE device = ? AND boot = ? AND sequence = ?"  # noqa: S608
+_INSERT = f"INSERT INTO results ({_COLUMNS}) VALUES ({', '.join('?' * 13)}) ON CONFLICT DO NOTHING"  # noqa: S608  # constants
+_SELECT = f"SELECT {_COLUMNS} FROM results WHERE device = ? AND boot = ? AND sequence = ?"  # noqa: S608  # constants
 _encode = msgspec.json.Encoder().encode
 _scores = msgspec.json.Decoder(tuple[float, ...])
 _streams = msgspec.json.Decoder(dict[str, int])

@@ -72,7 +72,7 @@ def _readable_rows(database: sqlite3.Connection) -> Iterator[SavedRow]:
             yield row
         return
     except sqlite3.DatabaseError:
-        pass
+        pass  # the damage; what lies behind it is read from the end
     with suppress(sqlite3.DatabaseError):
         for row in database.execute(query + "> ? ORDER BY id DESC", (low,)):
             high = row[0]

@@ -275,7 +275,7 @@ class Supervisor:
         process, pipe = self._process, self._pipe
         self._process = self._pipe = None
         assert process is not None  # noqa: S101  # a run ends once
-        assert pipe is not None  # noqa: S101
+        assert pipe is not None  # noqa: S101  # open while the releaser runs
         pipe.close()
         if not _ends_within(process, STOP_S):
             process.kill()

@@ -171,7 +171,7 @@ def _request(address: str, config: UpdateConfig, start: int) -> http.client.HTTP
     context = ssl.create_default_context(cafile=config.ca)
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})  # noqa: S310 -- checked above
     try:
-        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context)  # noqa: S310
+        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context)  # noqa: S310  # http or https, checked above
     except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
         raise SystemUpdateError(f"{address}: {error}. The device looks again later.") from error
     return answer

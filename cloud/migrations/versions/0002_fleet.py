@@ -48,7 +48,7 @@ def _rebuild_results() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("results_in_order", "results", ["stored_at_ns", "device", "boot", "sequence"])
-    op.execute(f"INSERT INTO results ({_OLD}) SELECT {_OLD} FROM results_0001")  # noqa: S608
+    op.execute(f"INSERT INTO results ({_OLD}) SELECT {_OLD} FROM results_0001")  # noqa: S608  # a constant
     op.drop_table("results_0001")
 
 
