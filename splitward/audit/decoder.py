@@ -161,7 +161,7 @@ class DecoderAttack:
     @property
     def card(self) -> ThreatModel:
         """Who the attacker is."""
-        shaped = "residual convolutional decoder, mostly for SSIM" if self.residual else "convolutional decoder"
+        shaped = "convolutional decoder" + (", mostly for SSIM" if self.residual else "")
         return ThreatModel(
             name=f"decoder-{self.size}",
             title=f"{self.size} {shaped}",

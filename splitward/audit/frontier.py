@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from splitward.errors import AuditError
+
+_MARKERS = "osD^vPX*<>"
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,11 @@ def draw_frontier(points: Sequence[Point], lines: dict[str, float], title: str) 
             [point.worst_ssim for point in best], [100 * point.accuracy for point in best], where="post",
             color="0.75", zorder=1,
         )  # fmt: skip
-    for point in points:
+    for point, marker in zip(points, itertools.cycle(_MARKERS)):
         axes.errorbar(
             point.worst_ssim, 100 * point.accuracy, xerr=point.worst_ssim_std or None,
-            yerr=100 * point.accuracy_std or None, fmt="o", markersize=9 if point.highlighted else 6,
-            color="#2a6fb0" if point.highlighted else "0.35", capsize=3,
-        )  # fmt: skip
-        axes.annotate(
-            point.name, (point.worst_ssim, 100 * point.accuracy), xytext=(8, 5), textcoords="offset points",
-            weight="bold" if point.highlighted else "normal",
+            yerr=100 * point.accuracy_std or None, fmt=marker, markersize=10 if point.highlighted else 6,
+            color="#2a6fb0" if point.highlighted else "0.35", capsize=3, label=point.name,
         )  # fmt: skip
     for index, (name, value) in enumerate(sorted(lines.items(), key=lambda line: line[1])):
         axes.axvline(value, color="0.6", linestyle=":", zorder=0)
@@ -86,6 +85,10 @@ def draw_frontier(points: Sequence[Point], lines: dict[str, float], title: str) 
     axes.set_xlim(0, 1.05)
     axes.margins(y=0.25)
     axes.set_ylim(top=min(axes.get_ylim()[1], 100.0 + 0.05 * (100.0 - axes.get_ylim()[0])))
+    if points:
+        figure.legend(
+            loc="outside right upper", frameon=False
+        )  # points of undefended cuts lie too close for names
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()
