@@ -46,7 +46,7 @@ class DefenceSettings:
 DEFENCES: dict[str, DefenceSettings] = {
     "none": DefenceSettings("none"),
     "psgl": DefenceSettings("psgl", MapSettings()),
-    "sealed": DefenceSettings("sealed", MapSettings(), values=16, sigma=0.3, entropy_weight=0.2),
+    "sealed": DefenceSettings("sealed", MapSettings(), values=16, sigma=0.3, entropy_weight=0.1),
 }
 """The profiles that ship: plain split learning; the paper; the paper with a bounded, noised, quantised bottleneck."""
 
