@@ -60,6 +60,7 @@ class OrderBook:
         self._connected = False
         self.refused: dict[str, int] = {}
         self.model: Callable[[], str] = str
+        self._damaged = False
         self._record = self._load()
 
     @property
@@ -81,6 +82,11 @@ class OrderBook:
             order = decode_order(payload, key, site=device.site, device=device.id)
         except MessageError as error:
             self._refuse(error.reason, str(error))
+            return None
+        if self._damaged:  # which orders are old, nobody can say any more
+            message = f"{self._path} is damaged. Look at who wrote to it, remove it, and restart the agent."
+            self._tell(self._outcome(order, "refused", "orders_damaged", message))
+            self._refuse("orders_damaged", message)
             return None
         last = self._record
         if last.order is not None and order.id == last.order.id:
@@ -150,7 +156,8 @@ class OrderBook:
         except FileNotFoundError:
             return Record()
         except (OSError, msgspec.DecodeError) as error:
-            log.error("%s: cannot be read (%s); starting anew", self._path, error)
+            log.error("%s: cannot be read (%s); orders are refused until it is removed", self._path, error)
+            self._damaged = True
             return Record()
 
     def _save(self, record: Record) -> bool:

@@ -167,7 +167,7 @@ def main() -> int:
 
 def _request(address: str, config: UpdateConfig, start: int) -> http.client.HTTPResponse:
     if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-        raise SystemUpdateError(f"{address}: is not an HTTPS address. Correct `[update] url` of site.toml.")
+        raise SystemUpdateError(f"{address}: is no http or https address. Correct `[update] url` of site.toml.")
     context = ssl.create_default_context(cafile=config.ca)
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})  # noqa: S310 -- checked above
     try:

@@ -79,6 +79,20 @@ def test_an_order_that_cannot_be_noted_is_not_carried_out(tmp_path: Path, monkey
     assert book.book.take(encode_order(order(1), KEY)) == order(1), "it may be tried again"
 
 
+def test_a_damaged_record_lets_no_old_order_in(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    record = tmp_path / "orders.json"
+    assert Book(config).book.take(encode_order(order(5), KEY)) == order(5)
+    record.write_bytes(record.read_bytes()[:-9])
+    book = Book(config)
+    book.book.connect(resumed=False)
+    for serial in (4, 5, 6):
+        assert book.book.take(encode_order(order(serial), KEY)) is None
+    assert {(one.state, one.reason) for one in book.told} == {("refused", "orders_damaged")}
+    record.unlink()
+    assert Book(config).book.take(encode_order(order(6), KEY)) == order(6)
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "edge.toml"
     file.write_text(f'[device]\nstate_dir = "{tmp_path}"\n[link]\nstatus_s = 1.0\nwindow = 2\n')
