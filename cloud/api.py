@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from cloud import audit
 from cloud.access import Operator, Reader, count_stranger
 from cloud.errors import TransportError
+from cloud.export import csv_of_results
+from cloud.fhir import MEDIA_TYPE, diagnostic_report
 from cloud.problem import Problem
 from cloud.record import MAX_INTEGER, Label
 from cloud.rollout import Plan
@@ -162,6 +164,38 @@ async def results(
     except (ValueError, OverflowError) as error:
         raise Problem(422, "bad_cursor", f"after: {error}") from error
     return as_json({"results": found, "next": found[-1].cursor if found else after})
+
+
+@router.get("/results/export.csv")
+async def export_results(
+    parts: Parts,
+    _: Reader,
+    device: Name | None = None,
+    site: Name | None = None,
+    model: Annotated[str | None, Query(pattern=HEX)] = None,
+    after: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
+) -> StreamingResponse:
+    """All results since `after`, a time in nanoseconds of UTC since 1970, as CSV."""
+    rows = csv_of_results(parts.store, device=device, site=site, model=model, after=str(after))
+    name = "attachment; filename=results.csv"
+    return StreamingResponse(rows, media_type="text/csv", headers={"content-disposition": name})
+
+
+@router.get("/results/{device}/{boot}/{sequence}/fhir")
+async def result_as_fhir(
+    parts: Parts,
+    _: Reader,
+    device: InPath,
+    boot: Annotated[str, PathParameter(pattern=HEX)],
+    sequence: Annotated[int, PathParameter(ge=0, le=MAX_INTEGER)],
+) -> Response:
+    """One result as a FHIR R4B DiagnosticReport that contains its Observation."""
+    key = (device, boot, sequence)
+    record = (await parts.store.find([key])).get(key)
+    if record is None:
+        raise Problem(404, "no_result", f"{device}/{boot}/{sequence}: no such result is in the store.")
+    card = parts.engine.cards.get(bytes.fromhex(record.result.model))
+    return as_json(diagnostic_report(record, card.classes if card else ()), media_type=MEDIA_TYPE)
 
 
 @router.get("/events")

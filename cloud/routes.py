@@ -91,6 +91,6 @@ async def metrics(parts: Parts, _caller: Reader) -> Response:
     return Response(parts.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
 
-def as_json(value: Any, status: int = 200) -> Response:
+def as_json(value: Any, status: int = 200, media_type: str = "application/json") -> Response:
     """`value` as JSON."""
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+    return Response(msgspec.json.encode(value), status, media_type=media_type)
