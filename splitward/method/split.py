@@ -138,6 +138,7 @@ class SplitNetwork(nn.Module):
     def forward(self, frames: Tensor, noise: Tensor | None = None) -> Pass:
         """All of it, from frames [B, C, H, W] in 0..1."""
         activation = self.client(self.attack(frames))
-        released = self.release(activation, noise)
+        # In C order, as on the wire: in another layout the server half adds up to other last bits.
+        released = self.release(activation, noise).contiguous()
         local = self.saliency.classifier(frames) if self.saliency is not None and self.training else None
         return Pass(activation, released, self.server(released), local)
