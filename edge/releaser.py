@@ -162,12 +162,13 @@ class Releaser:
             if isinstance(progress, Progress):
                 with self._progress:
                     self._room = progress.room
-                    settled = []
-                    while self._unsettled and self._unsettled[0][0] <= progress.safe:
-                        settled.append(self._unsettled.popleft()[1])
-                    self._progress.notify_all()
-                for settle in settled:
+                    safe = [settle for end, settle in self._unsettled if end <= progress.safe]
+                for settle in safe:
                     settle()
+                with self._progress:  # only now: whoever waits for the last of them ends the process
+                    for _ in safe:
+                        self._unsettled.popleft()
+                    self._progress.notify_all()
         with self._progress:
             self._stop.set()
             self._progress.notify_all()
