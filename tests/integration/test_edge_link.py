@@ -432,7 +432,7 @@ def test_memory_mode_spares_the_disk_while_results_come(
         config = configure(
             *(folder, mosquitto, tiny_bundle, 100),
             capture=CaptureConfig(rate_hz=100),
-            spool=SpoolConfig(mode=mode, settle_s=2.0),  # type: ignore[arg-type]
+            spool=SpoolConfig(mode=mode, settle_s=2.0),  # type: ignore[arg-type]  # one of its two
         )
         with cloud_at(mosquitto):
             report = run_agent(config, until_answered=True)

@@ -60,7 +60,7 @@ class DurableServer:
         sent = unpack(message)
         if sent.step == self._last[0]:
             return self._last[1]
-        if sent.step < self.trainer.steps_done or sent.step > self.trainer.steps_done + 1:
+        if sent.step != self.trainer.steps_done:
             raise TrainingError(
                 f"step {sent.step}: the server is at step {self.trainer.steps_done}. Begin this training again, or "
                 "bring back the folders of both sides."
@@ -136,15 +136,14 @@ class DurableClient:
 
 def pack(sent: Exchange) -> bytes:
     """A step as bytes."""
-    numbers = torch.tensor([sent.step, sent.steps])
-    return save({"numbers": numbers, "released": sent.released.contiguous(), "labels": sent.labels})
+    step, at = torch.tensor(sent.step), torch.tensor(sent.at, dtype=torch.float64)
+    return save({"step": step, "at": at, "released": sent.released.contiguous(), "labels": sent.labels})
 
 
 def unpack(message: bytes) -> Exchange:
     """Inverse of `pack`."""
     tensors = _load(message)
-    step, steps = tensors["numbers"].tolist()
-    return Exchange(step, steps, tensors["released"], tensors["labels"])
+    return Exchange(int(tensors["step"]), float(tensors["at"]), tensors["released"], tensors["labels"])
 
 
 def _load(message: bytes) -> dict[str, Tensor]:

@@ -28,15 +28,17 @@ class Exchange:
 
     Attributes
     ----------
-    step, steps : int
-        Number of the step, from 0, and of all steps: the learning rate depends on both.
+    step : int
+        Number of the step, from 0, without gaps.
+    at : float
+        Fraction of the training that is done, on which the learning rate depends.
     released : Tensor, [B, *release_shape]
         float32, in real units.
     labels : Tensor, int64 [B]
     """
 
     step: int
-    steps: int
+    at: float
     released: Tensor
     labels: Tensor
 
@@ -55,7 +57,7 @@ class ServerTrainer:
         released = sent.released.detach().requires_grad_()
         loss = server_loss(self.modules["server"](released), sent.labels)
         optimiser = self.optimisers["server"]
-        set_rate(optimiser, self._settings, sent)
+        set_rate(optimiser, self._settings, sent.at)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimiser.step()
@@ -72,7 +74,7 @@ class ClientTrainer:
     """
 
     def __init__(self, settings: RunSettings, split: Split) -> None:
-        self._settings, self._split = settings, split
+        self._settings = settings
         self._network = SplitNetwork(settings.split).train()
         self._network.server = nn.Identity()
         local = self._network.saliency.classifier if self._network.saliency is not None else None
@@ -83,9 +85,11 @@ class ClientTrainer:
             self.modules["local"] = local
         self.optimisers = {name: make_optimiser(module, settings) for name, module in self.modules.items()}
         self._images, self._labels = frames_of(split), torch.from_numpy(split.labels)
-        self.batches = -(-len(self._labels) // settings.batch)
-        self.steps = settings.epochs * self.batches
-        self.steps_done = self._following(0)
+        self._batches = -(-len(self._labels) // settings.batch)
+        # A last batch of one frame is left out: batch normalisation needs two.
+        self._whole = self._batches - (len(self._labels) % settings.batch == 1)
+        self.steps = settings.epochs * self._whole
+        self.steps_done = 0
         self.random_state = torch.get_rng_state()
         self._ready: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -100,18 +104,20 @@ class ClientTrainer:
         self._activation = self._network.client(attacked)
         self._released = self._network.release(self._activation).contiguous()
         self._frames, self._wanted = frames, labels
-        return Exchange(self.steps_done, self.steps, self._released.detach(), labels)
+        epoch, index = divmod(self.steps_done, self._whole)
+        self._at = (epoch * self._batches + index) / (self._settings.epochs * self._batches)
+        return Exchange(self.steps_done, self._at, self._released.detach(), labels)
 
     def meanwhile(self) -> None:
         """What needs no gradient from the server: the local classifier's step, and the next batch's map."""
         if "local" in self.modules:
             optimiser = self.optimisers["local"]
-            set_rate(optimiser, self._settings, self._exchange())
+            set_rate(optimiser, self._settings, self._at)
             optimiser.zero_grad()
             F.cross_entropy(self.modules["local"](self._frames), self._wanted).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimiser.step()
         self.random_state = torch.get_rng_state()
-        following = self._following(self.steps_done + 1)
+        following = self.steps_done + 1
         self._ready = self._prepare(following) if following < self.steps else None
 
     def end(self, gradient: Tensor) -> None:
@@ -119,32 +125,22 @@ class ClientTrainer:
         own = client_loss(self._network, self._activation, self._released, None, self._frames, self._wanted)
         names = [name for name in self.optimisers if name != "local"]
         for name in names:
-            set_rate(self.optimisers[name], self._settings, self._exchange())
+            set_rate(self.optimisers[name], self._settings, self._at)
             self.optimisers[name].zero_grad()
         roots = [(self._released, gradient)] + ([(own, None)] if own.requires_grad else [])
         torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         for name in names:
             self.optimisers[name].step()
-        self.steps_done = self._following(self.steps_done + 1)
-
-    def _exchange(self) -> Exchange:
-        return Exchange(self.steps_done, self.steps, self._released, self._wanted)
-
-    def _following(self, step: int) -> int:
-        """`step`, or the one after it where its batch holds one frame: batch normalisation needs two."""
-        last = len(self._labels) - (self.batches - 1) * self._settings.batch
-        return step + 1 if last < 2 and step % self.batches == self.batches - 1 else step
+        self.steps_done += 1
 
     def _prepare(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows = self._rows(step)
-        frames = shifted(to_unit(self._images[rows]), self._settings.shift)
-        return frames, self._network.attack(frames), self._labels[rows]
-
-    def _rows(self, step: int) -> Tensor:
-        epoch, index = divmod(step, self.batches)
+        """Frames, attacked frames and labels of a step, in the loop's order."""
+        epoch, index = divmod(step, self._whole)
         generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._labels), generator=generator)
-        return order[index * self._settings.batch : (index + 1) * self._settings.batch]
+        rows = order[index * self._settings.batch : (index + 1) * self._settings.batch]
+        frames = shifted(to_unit(self._images[rows]), self._settings.shift)
+        return frames, self._network.attack(frames), self._labels[rows]
 
 
 def make_optimiser(module: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
@@ -152,7 +148,7 @@ def make_optimiser(module: nn.Module, settings: RunSettings) -> torch.optim.Opti
     return torch.optim.AdamW(module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, settings: RunSettings, sent: Exchange) -> None:
-    """The one-cycle learning rate of this step."""
+def set_rate(optimiser: torch.optim.Optimizer, settings: RunSettings, at: float) -> None:
+    """The one-cycle learning rate at the fraction `at` of the training."""
     for group in optimiser.param_groups:
-        group["lr"] = one_cycle(settings, sent.step / sent.steps)
+        group["lr"] = one_cycle(settings, at)

@@ -117,7 +117,7 @@ def test_what_was_not_committed_is_not_there(tmp_path: Path) -> None:
 
 def test_nothing_is_published_before_it_is_committed_unless_memory_is_asked_for(tmp_path: Path) -> None:
     for mode, expected in (("disk", []), ("memory", [0])):
-        with opened(tmp_path / mode, SpoolConfig(mode=mode)) as spool:  # type: ignore[arg-type]
+        with opened(tmp_path / mode, SpoolConfig(mode=mode)) as spool:  # type: ignore[arg-type]  # one of its two
             spool.add(entry(0), 1)
             assert published(spool) == expected
             spool.commit()

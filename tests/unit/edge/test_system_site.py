@@ -43,7 +43,7 @@ def write(path: Path, text: str) -> Path:
 def test_a_whole_site_becomes_files(tmp_path: Path) -> None:
     site = read_site(write(tmp_path / "site.toml", WHOLE))
     apply_site(site, tmp_path / "root")
-    read = lambda name: (tmp_path / "root" / name).read_text()  # noqa: E731
+    read = lambda name: (tmp_path / "root" / name).read_text()  # noqa: E731  # three words, used at once
     assert read("etc/hostname") == "ward-3\n"
     assert read("run/splitward/authorized_keys") == "ssh-ed25519 AAAA someone\n"
     assert "Address=192.0.2.7/24\nGateway=192.0.2.1\nDNS=192.0.2.53\nNTP=time.example.org" in read(
