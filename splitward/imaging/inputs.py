@@ -19,6 +19,7 @@ Pixels = NDArray[np.uint8 | np.uint16]
 
 # ITU-R BT.601, section 2.5.1, in thousandths: integers give every machine the same grey.
 _LUMA = np.array([299, 587, 114], np.uint32)
+_FULL_SCALE = {np.dtype(np.uint8): np.float32(255), np.dtype(np.uint16): np.float32(65535)}
 
 
 def to_frame(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
@@ -114,14 +115,15 @@ def _match_aspect(pixels: Pixels, spec: InputSpec) -> Pixels:
 
 def as_float(images: NDArray[Any]) -> NDArray[np.float32]:
     """Scale uint8 (by 255) or uint16 (by 65535) values of any shape to float32 in 0..1."""
-    if images.dtype not in (np.uint8, np.uint16):
+    full = _FULL_SCALE.get(images.dtype)
+    if full is None:
         raise DataError(f"pixels are {images.dtype}; give uint8 or uint16 at full scale.")
-    return images.astype(np.float32) / np.float32(np.iinfo(images.dtype).max)
+    return images.astype(np.float32) / full
 
 
 def _check_pixels(pixels: Pixels) -> None:
     known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
-    if not known or pixels.size == 0 or pixels.dtype not in (np.uint8, np.uint16):
+    if not known or pixels.size == 0 or pixels.dtype not in _FULL_SCALE:
         raise DataError(
             f"pixels are {pixels.dtype} {list(pixels.shape)}; give uint8 or uint16, [H, W] or [H, W, 3]."
         )
