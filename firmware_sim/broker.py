@@ -1,7 +1,7 @@
 """A broker for the demo and for tests: mosquitto where it is installed, else one embedded in a child process.
 
-Both listen on the loopback only, admit everybody and forget everything when they stop: neither durable nor
-secure.
+Both listen on the loopback only and forget everything when they stop. They admit everybody, unless mosquitto is given
+certificates: then it asks everyone for one, and a device reaches its own topics alone, as deploy/mosquitto has it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,36 @@ log_dest stderr
 log_type error
 log_type warning
 user {user}
+"""
+_SECURED = """\
+listener {port} {host}
+cafile {folder}/ca.pem
+certfile {folder}/broker.pem
+keyfile {folder}/broker.key
+require_certificate true
+use_identity_as_username true
+allow_anonymous false
+acl_file {folder}/broker.acl
+persistence false
+set_tcp_nodelay true
+max_queued_messages 0
+max_inflight_messages 1000
+log_dest stderr
+log_type error
+log_type warning
+user {user}
+"""
+_ACCESS = """\
+user cloud
+topic readwrite splitward/#
+user observer
+topic read splitward/#
+pattern write splitward/v1/+/%u/activation
+pattern write splitward/v1/+/%u/status
+pattern write splitward/v1/+/%u/outcome
+pattern read splitward/v1/+/%u/result
+pattern read splitward/v1/+/%u/command
+pattern read splitward/v1/+/%u/bundle
 """
 _EMBEDDED = """\
 id = 0
@@ -79,16 +109,20 @@ class Broker(Protocol):
 
 
 class Mosquitto:
-    """mosquitto as a child process; its settings and log lie in `folder`."""
+    """mosquitto as a child process; its settings and log lie in `folder`, its certificates in `certificates`."""
 
     kind: Kind = "mosquitto"
     host = HOST
 
-    def __init__(self, program: str, port: int, folder: Path) -> None:
+    def __init__(self, program: str, port: int, folder: Path, certificates: Path | None = None) -> None:
         self.port = port
         self._log = folder / "mosquitto.log"
         self._command = [program, "-c", str(folder / "mosquitto.conf")]
-        settings = _MOSQUITTO.format(host=HOST, port=port, user=getpass.getuser())
+        settings = (
+            _MOSQUITTO.format(host=HOST, port=port, user=getpass.getuser())
+            if certificates is None
+            else secured_settings(port, certificates)
+        )
         (folder / "mosquitto.conf").write_text(settings)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -144,7 +178,9 @@ class Embedded:
 
 
 @contextmanager
-def start_broker(port: int | None = None, prefer: Kind = "mosquitto") -> Iterator[Broker]:
+def start_broker(
+    port: int | None = None, prefer: Kind = "mosquitto", certificates: Path | None = None
+) -> Iterator[Broker]:
     """Broker that runs until the context ends.
 
     Parameters
@@ -153,21 +189,36 @@ def start_broker(port: int | None = None, prefer: Kind = "mosquitto") -> Iterato
         A free one by default.
     prefer : "mosquitto" or "embedded"
         mosquitto, where it is not installed, gives way to the embedded broker.
+    certificates : Path, optional
+        Folder with `ca.pem`, `broker.pem` and `broker.key`: mosquitto with mutual TLS. The user "cloud" reaches every
+        topic, "observer" reads every topic, and any other is a device.
 
     Raises
     ------
     BrokerError
-        Neither is installed, or it does not listen.
+        Neither is installed, or it does not listen; or the embedded one is asked for mutual TLS.
     """
     with tempfile.TemporaryDirectory(prefix="splitward-broker-") as name:
         folder, port = Path(name), port or free_port()
         program = find_mosquitto() if prefer == "mosquitto" else None
-        broker: Broker = Embedded(port, folder) if program is None else Mosquitto(program, port, folder)
+        if program is None and certificates is not None:
+            raise BrokerError("the embedded broker speaks no mutual TLS. Install mosquitto.")
+        broker: Broker = (
+            Embedded(port, folder) if program is None else Mosquitto(program, port, folder, certificates)
+        )
         broker.start()
         try:
             yield broker
         finally:
             broker.stop()
+
+
+def secured_settings(port: int, certificates: Path) -> str:
+    """mosquitto's settings for mutual TLS; who may do what is written to `broker.acl` in `certificates`."""
+    access = certificates / "broker.acl"
+    access.write_text(_ACCESS)
+    access.chmod(0o600)
+    return _SECURED.format(host=HOST, port=port, folder=certificates, user=getpass.getuser())
 
 
 def free_port() -> int:

@@ -24,10 +24,19 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from edge.config import BrokerConfig, CaptureConfig, DeviceConfig, EdgeConfig, LinkConfig, RuntimeConfig
+from edge.config import (
+    BrokerConfig,
+    CaptureConfig,
+    DeviceConfig,
+    EdgeConfig,
+    LinkConfig,
+    RuntimeConfig,
+    TlsConfig,
+)
 from edge.recording import read_recording
 from edge.results import read_results
-from firmware_sim.broker import Broker, start_broker
+from firmware_sim.authority import Authority
+from firmware_sim.broker import HOST, Broker, start_broker
 from firmware_sim.errors import ScenarioError
 from firmware_sim.processes import FAKETIME, SimulatedCloud, SimulatedDevice
 from firmware_sim.proxy import FaultProxy, Toxics
@@ -210,22 +219,42 @@ def run_chaos(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="splitward-chaos-")))
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        broker = stack.enter_context(start_broker())
+        authority = _certify(folder / "certificates", scenario) if scenario.tls else None
+        broker = stack.enter_context(start_broker(certificates=None if authority is None else authority.folder))
         proxy = stack.enter_context(FaultProxy(broker.port, seed=scenario.seed))
-        cloud = SimulatedCloud(folder, bundle.resolve(), broker.port)
+        cloud = SimulatedCloud(
+            folder, bundle.resolve(), broker.port, {} if authority is None else authority.files("cloud")
+        )
         stack.callback(cloud.stop)
         devices = []
         for number, (images, names) in enumerate(_deal(frames, scenario)):
-            place = folder / f"device-{number + 1}"
+            place = folder / _name(number)
             stack.enter_context(_disk(place / "state", scenario.disk_bytes if "disk_full" in kinds else 0))
             np.savez(place / "frames.npz", images=images, names=np.array(names))
             clock = place / "clock" if "clock_jump" in kinds else None
             if clock is not None:
                 clock.write_text("+0")
             config = _configure(scenario, place, bundle, trusted_key, proxy.port, number)
+            if authority is not None:
+                tls = TlsConfig(**authority.files(config.device.id))
+                config = msgspec.structs.replace(config, broker=msgspec.structs.replace(config.broker, tls=tls))
             devices.append(SimulatedDevice(place, config, clock, scenario.memory_bytes))
             stack.callback(devices[-1].stop)
         return _run(scenario, devices, broker, proxy, cloud)
+
+
+def _certify(folder: Path, scenario: Scenario) -> Authority:
+    """Certificates of the broker, the cloud and every device."""
+    folder.mkdir(exist_ok=True)
+    authority = Authority(folder)
+    authority.issue("broker", (HOST,))
+    for name in ("cloud", *(_name(number) for number in range(scenario.devices))):
+        authority.issue(name)
+    return authority
+
+
+def _name(number: int) -> str:
+    return f"device-{number + 1}"
 
 
 def _run(
@@ -294,7 +323,7 @@ def _deal(frames: Path, scenario: Scenario) -> Iterator[tuple[Any, list[str]]]:
     each = -(-scenario.frames // scenario.devices)
     for number in range(scenario.devices):
         picked = (np.arange(each) + number * each) % len(images)
-        yield images[picked], [f"device-{number + 1}-frame-{index:06d}" for index in range(each)]
+        yield images[picked], [f"{_name(number)}-frame-{index:06d}" for index in range(each)]
 
 
 def _configure(
@@ -303,7 +332,7 @@ def _configure(
     backend, precision = scenario.variants[number % len(scenario.variants)].split("-")
     return EdgeConfig(
         device=DeviceConfig(
-            id=f"device-{number + 1}",
+            id=_name(number),
             site="chaos",
             bundle=str(bundle.resolve()),
             trusted_key=str(trusted_key.resolve()),

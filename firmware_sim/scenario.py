@@ -90,6 +90,8 @@ class Scenario(Struct, frozen=True, kw_only=True):
         Size of each device's disk where one is to be full.
     memory_bytes : int
         Address space of each agent's process, as a small board would limit it; 0 for no limit.
+    tls : bool
+        Mutual TLS between devices, broker and cloud, as in a hospital: every cut is a new handshake.
     events : tuple of Event
         Beside the drawn ones.
     """
@@ -104,6 +106,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     variants: tuple[Variant, ...] = ("onnx-float32", "tflite-float32")
     disk_bytes: Annotated[int, Meta(ge=1 << 20)] = 6 << 20
     memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    tls: bool = True
     counts: Counts = Counts()
     events: tuple[Event, ...] = ()
 

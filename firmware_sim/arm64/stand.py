@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -13,18 +11,14 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import paho.mqtt.client as mqtt
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
 
 from firmware_sim.arm64.user import EmulationError
-from firmware_sim.broker import find_mosquitto, free_port
+from firmware_sim.authority import Authority
+from firmware_sim.broker import find_mosquitto, free_port, secured_settings
 from splitward.errors import WireError
 from splitward.image.debian import read_epoch
 from splitward.wire import topics
@@ -33,73 +27,6 @@ from splitward.wire.control import Result, Status, decode_reply, decode_status
 GUEST_HOST = "10.0.2.2"
 """This machine, as QEMU's own network shows it to the device."""
 START_S = 300.0
-_BROKER = """\
-listener {port} 127.0.0.1
-cafile {folder}/ca.pem
-certfile {folder}/broker.pem
-keyfile {folder}/broker.key
-require_certificate true
-use_identity_as_username true
-allow_anonymous false
-acl_file {folder}/broker.acl
-persistence false
-max_queued_messages 0
-log_dest stderr
-user root
-"""
-_ACCESS = """\
-user cloud
-topic readwrite splitward/#
-user observer
-topic read splitward/#
-pattern write splitward/v1/+/%u/activation
-pattern write splitward/v1/+/%u/status
-pattern write splitward/v1/+/%u/outcome
-pattern read splitward/v1/+/%u/result
-pattern read splitward/v1/+/%u/command
-pattern read splitward/v1/+/%u/bundle
-"""
-
-
-class Authority:
-    """A certificate authority of one test, whose files lie in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stand")])
-        certificate = self._build(self._name, self._key, []).add_extension(
-            x509.BasicConstraints(ca=True, path_length=0), critical=True
-        )
-        self._write("ca.pem", certificate.sign(self._key, hashes.SHA256()).public_bytes(_PEM))
-
-    def issue(self, name: str, addresses: tuple[str, ...] = ()) -> None:
-        """Write `name`.pem and `name`.key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        others = [x509.IPAddress(ipaddress.ip_address(one)) for one in addresses]
-        certificate = self._build(subject, key, others).sign(self._key, hashes.SHA256())
-        self._write(f"{name}.pem", certificate.public_bytes(_PEM))
-        plain = serialization.NoEncryption()
-        self._write(f"{name}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, plain))
-
-    def _build(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, others: list[x509.IPAddress]
-    ) -> x509.CertificateBuilder:
-        # A board without a clock starts at the time of the image's lock file.
-        start = min(datetime.now(timezone.utc), datetime.fromtimestamp(read_epoch(), timezone.utc))
-        start -= timedelta(days=2)
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(self._name)
-        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(start).not_valid_after(start + timedelta(days=3650))
-        return builder.add_extension(x509.SubjectAlternativeName(others), critical=False) if others else builder
-
-    def _write(self, name: str, data: bytes) -> None:
-        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-            file.write(data)
-
-
-_PEM = serialization.Encoding.PEM
 
 
 class Listener:
@@ -169,7 +96,8 @@ class Stand:
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
         self.port, self.api_port = free_port(), free_port()
-        authority = Authority(folder)
+        # A board without a clock starts at the time of the image's lock file.
+        authority = Authority(folder, since_s=read_epoch())
         authority.issue("broker", ("127.0.0.1", GUEST_HOST))
         for name in ("cloud", "observer", device):
             authority.issue(name)
@@ -182,10 +110,8 @@ class Stand:
         program = find_mosquitto()
         if program is None:
             raise EmulationError("mosquitto is not installed: apt install mosquitto.")
-        (self.folder / "broker.acl").write_text(_ACCESS)
-        (self.folder / "broker.acl").chmod(0o600)
         settings = self.folder / "broker.conf"
-        settings.write_text(_BROKER.format(port=self.port, folder=self.folder))
+        settings.write_text(secured_settings(self.port, self.folder))
         self._broker = self._spawn([program, "-c", str(settings)], "broker.log")
         _wait(lambda: _listens(self.port), "the broker", self.folder / "broker.log")
 

@@ -11,7 +11,7 @@ def quantise(real: NDArray[np.floating], scale: float, zero_point: int = 0) -> N
 
     It divides in float64, as training does: in float32 a value near the middle of two steps may fall otherwise.
     """
-    steps = np.divide(real, scale, dtype=np.float64)
+    steps: NDArray[np.float64] = np.divide(real, scale, dtype=np.float64)
     np.rint(steps, out=steps)
     steps += zero_point
     np.maximum(steps, -127.0, out=steps)  # twice as fast as np.clip on a frame's few values
