@@ -1,15 +1,19 @@
 """What agent and releaser tell each other: typed messages over a socket pair, each after its length.
 
-The releaser sees pixels and has no network; the agent has the network and sees released tensors only.
+The releaser sees pixels and has no network; the agent has the network and sees released tensors only. What the
+releaser is at now stands in a page of memory that both see: it is read only when the releaser has died of it, and a
+message for every frame would cost both of them more than the frame's own.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
 import socket
 import struct
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +21,9 @@ from msgspec import Struct
 from edge.config import EdgeConfig
 
 _LENGTH = struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
+_OPENED = struct.Struct("<8x?H")
+"""After the number: whether it can wait, and the length of the name that follows."""
 
 
 class Start(Struct, frozen=True, tag=True):
@@ -48,15 +55,8 @@ class Ready(Struct, frozen=True, tag=True):
     runtime: str
 
 
-class Opened(Struct, frozen=True, tag=True):
-    """The releaser is about to read or release this: if it dies now, this is why."""
-
-    name: str
-    can_wait: bool
-
-
 class Released(Struct, frozen=True, tag=True):
-    """One frame's message."""
+    """One frame's message; `opening` is the number of what was opened for it."""
 
     boot: bytes
     sequence: int
@@ -68,13 +68,15 @@ class Released(Struct, frozen=True, tag=True):
     message: bytes
     runtime_us: int
     other_us: int
+    opening: int
 
 
 class Lost(Struct, frozen=True, tag=True):
-    """A frame became no message, for `reason`; `digest` keeps it from being tried again."""
+    """A frame became no message, for `reason`; `digest` keeps it from being tried again. `opening` as in `Released`."""
 
     reason: str
     digest: int | None = None
+    opening: int = 0
 
 
 class Beat(Struct, frozen=True, tag=True):
@@ -104,9 +106,47 @@ class Unfit(Struct, frozen=True, tag=True):
     message: str
 
 
-FromReleaser = Ready | Opened | Released | Lost | Beat | Logged | Ended | Unfit
+FromReleaser = Ready | Released | Lost | Beat | Logged | Ended | Unfit
 ToReleaser = Start | Progress
 _encoder = msgspec.msgpack.Encoder()
+
+
+class Opened(NamedTuple):
+    """What the releaser reads or releases; `can_wait`: it comes again if the releaser dies of it."""
+
+    number: int
+    name: str
+    can_wait: bool
+
+
+class Page:
+    """The page of memory where the latest `Opened` stands; the agent makes it, the releaser gets its descriptor."""
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            descriptor = os.memfd_create("splitward-opened")
+            os.ftruncate(descriptor, mmap.PAGESIZE)
+        self.descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, mmap.PAGESIZE)
+
+    def write(self, opened: Opened) -> None:
+        """Note what is opened. Whoever is killed in the middle of it leaves the former number."""
+        name = opened.name.encode()[: mmap.PAGESIZE - _OPENED.size]
+        _OPENED.pack_into(self._memory, 0, opened.can_wait, len(name))
+        self._memory[_OPENED.size : _OPENED.size + len(name)] = name
+        _NUMBER.pack_into(self._memory, 0, opened.number)
+
+    def read(self) -> Opened:
+        """What was opened last; its number is 0 when nothing was."""
+        (number,) = _NUMBER.unpack_from(self._memory)
+        can_wait, length = _OPENED.unpack_from(self._memory)
+        name = self._memory[_OPENED.size : _OPENED.size + length]
+        return Opened(number, name.decode(errors="replace"), can_wait)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._memory.close()
+        os.close(self.descriptor)
 
 
 class Pipe:

@@ -4,7 +4,8 @@ It alone sees pixels, and it has neither network nor spool: a decoder that crash
 that hangs, takes down this process and nothing else. The agent (agent.py) starts it, again if need be
 (supervisor.py), and takes its messages.
 
-Started as `python -m edge.releaser FD`, where FD is one end of a socket pair (pipe.py).
+Started as `python -m edge.releaser SOCKET PAGE` with the descriptors of one end of a socket pair and of a page of
+memory (pipe.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from edge.pipe import (
     Logged,
     Lost,
     Opened,
+    Page,
     Pipe,
     Progress,
     Ready,
@@ -54,10 +56,11 @@ log = logging.getLogger(__name__)
 
 
 class Releaser:
-    """One run of the releaser over `pipe`, as `start` says."""
+    """One run of the releaser over `pipe`, as `start` says; `page` tells what it is at."""
 
-    def __init__(self, pipe: Pipe, start: Start) -> None:
+    def __init__(self, pipe: Pipe, page: Page, start: Start) -> None:
         self._pipe = pipe
+        self._page = page
         self._config = start.config
         self._poison = start.poison
         self._known = Digests(start.known)
@@ -69,6 +72,8 @@ class Releaser:
         self._room = self._admitted = self._sequence = self._superseded = 0
         self._unsettled: deque[tuple[int, Callable[[], None]]] = deque()
         self._timing = threading.RLock()  # there is one interval timer; reading and releasing take turns
+        self._openings = 0
+        self._own = _Own()
 
     def run(self) -> None:
         """Release every frame of every source, until they end or the agent closes the pipe."""
@@ -113,6 +118,7 @@ class Releaser:
                 *(self._boot, self._sequence - 1, frame.name, frame.captured_at_ns, frame.captured_tick_ns),
                 *(frame.priority, frame.digest, message, runtime_us),
                 (time.perf_counter_ns() - started_ns) // 1000 - runtime_us,
+                self._own.opening,
             )
         )
 
@@ -120,7 +126,9 @@ class Releaser:
     def _open(self, name: str, can_wait: bool = True) -> Iterator[None]:
         """Within, the kernel ends this process after the deadline, whatever holds it, and the agent knows why."""
         with self._timing:
-            self._pipe.send(Opened(name, can_wait))
+            self._openings += 1
+            self._own.opening = self._openings
+            self._page.write(Opened(self._openings, name, can_wait))
             signal.setitimer(signal.ITIMER_REAL, self._deadline_s)
             try:
                 yield
@@ -151,7 +159,7 @@ class Releaser:
             self._admitted -= 1
 
     def _lose(self, reason: str, digest: int | None) -> None:
-        self._pipe.send(Lost(reason, digest))
+        self._pipe.send(Lost(reason, digest, self._own.opening))
 
     def _supersede(self) -> None:
         self._superseded += 1
@@ -178,6 +186,12 @@ class Releaser:
             self._pipe.send(Beat(self._superseded))
 
 
+class _Own(threading.local):
+    """Number of what this thread has opened last."""
+
+    opening = 0
+
+
 class _PipeHandler(logging.Handler):
     """Hands log records to the agent."""
 
@@ -193,7 +207,7 @@ class _PipeHandler(logging.Handler):
 
 
 def main(arguments: list[str]) -> int:
-    """Run over the socket whose descriptor is the first argument; 0, or 2 when the releaser cannot start."""
+    """Run over the descriptors given as arguments; 0, or 2 when the releaser cannot start."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the agent says when; a terminal's go to both
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -205,7 +219,7 @@ def main(arguments: list[str]) -> int:
         return 0  # the agent has gone
     logging.basicConfig(level=start.config.health.log_level.upper(), handlers=[_PipeHandler(pipe)])
     try:
-        Releaser(pipe, start).run()
+        Releaser(pipe, Page(int(arguments[1])), start).run()
     except SplitwardError as error:
         reason = error.reason if isinstance(error, WireError) else ""
         pipe.send(Unfit(type(error).__name__, reason, str(error)))

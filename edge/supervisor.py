@@ -26,6 +26,7 @@ from edge.pipe import (
     Logged,
     Lost,
     Opened,
+    Page,
     Pipe,
     Progress,
     Ready,
@@ -102,7 +103,8 @@ class Supervisor:
         self._permits = threading.Semaphore(PERMITS)
         self._held = self._received = self._safe_before = 0
         self._told = (-1, -1)
-        self._opened: Opened | None = None
+        self._page: Page | None = None
+        self._settled = 0  # number of the opening that the latest message came of
         self._strikes: Counter[str] = Counter()
         self._deaths: deque[float] = deque()
         self._start_at_s: float | None = None
@@ -130,10 +132,11 @@ class Supervisor:
     def launch(self) -> None:
         """Start the interpreter; `start` then tells it what to run. Its imports take a while, so this comes first."""
         ours, theirs = socket.socketpair()
+        page = self._page = Page()
         self._run += 1
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge.releaser", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "edge.releaser", str(theirs.fileno()), str(page.descriptor)],
+            pass_fds=[theirs.fileno(), page.descriptor],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             # Fewer of the allocator's arenas: a small board's memory counts more than a lock's speed.
@@ -152,7 +155,7 @@ class Supervisor:
         self.bundle, self.ready, self.ended, self.unfit = bundle, None, False, None
         self._permits, self._held = permits, 0
         self._received, self._safe_before, self._told = 0, captured, (-1, -1)
-        self._opened, self._start_at_s, self._retired = None, None, False
+        self._settled, self._start_at_s, self._retired = 0, None, False
         self._heard_s = time.monotonic() + READY_S - SILENCE_S
         poison = tuple(name for name, strikes in self._strikes.items() if strikes >= STRIKES)
         threading.Thread(
@@ -165,17 +168,15 @@ class Supervisor:
     def follow(self, message: FromReleaser, now_s: float) -> Released | None:
         """Note what the present run says; a frame's message is handed back."""
         self._heard_s = max(self._heard_s, now_s)
+        if isinstance(message, (Released, Lost)):
+            self._settled = max(self._settled, message.opening)
         if isinstance(message, Released):
-            self._opened = None
             self._held += 1
             self._received += 1
             self.runtime_us.append(message.runtime_us)
             self.other_us.append(message.other_us)
             return message
-        if isinstance(message, Opened):
-            self._opened = message
-        elif isinstance(message, Lost):
-            self._opened = None
+        if isinstance(message, Lost):
             self._on_loss(message.reason, message.digest)
         elif isinstance(message, Beat):
             self._superseded_now = message.superseded
@@ -225,7 +226,7 @@ class Supervisor:
         ReleaserError
             It died more often than the budget allows.
         """
-        code = self._reap()
+        opened, code = self._cause(), self._reap()
         self._superseded_before, self._superseded_now = self.superseded, 0
         if self._retired:
             self._start_at_s = now_s
@@ -233,10 +234,10 @@ class Supervisor:
         if self.ended or self.unfit is not None:
             return
         reason = "hung" if code in (-signal.SIGALRM, -signal.SIGKILL) else "crashed"
-        log.error("the releaser %s (exit %s)", reason, code, extra=_frame_field(self._opened))
-        if self._opened is not None:
-            self._strikes[self._opened.name] += 1
-            if not self._opened.can_wait:  # it will not come again
+        log.error("the releaser %s (exit %s)", reason, code, extra=_frame_field(opened))
+        if opened is not None:
+            self._strikes[opened.name] += 1
+            if not opened.can_wait:  # it will not come again
                 self._on_loss(reason, None)
         self._deaths.append(now_s)
         while now_s - self._deaths[0] > self._config.runtime.restart_window_s:
@@ -271,12 +272,19 @@ class Supervisor:
         if self._pipe is not None:
             self._reap()
 
+    def _cause(self) -> Opened | None:
+        """What the run was at when it ended."""
+        opened = None if self._page is None else self._page.read()
+        return None if opened is None or opened.number <= self._settled else opened
+
     def _reap(self) -> int:
-        process, pipe = self._process, self._pipe
-        self._process = self._pipe = None
+        process, pipe, page = self._process, self._pipe, self._page
+        self._process = self._pipe = self._page = None
         assert process is not None  # noqa: S101  # a run ends once
         assert pipe is not None  # noqa: S101  # open while the releaser runs
+        assert page is not None  # noqa: S101  # likewise
         pipe.close()
+        page.close()
         if not _ends_within(process, STOP_S):
             process.kill()
         return process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -192,13 +193,35 @@ def test_the_agent_loads_no_camera_library_and_no_numpy_beside_the_spool(
 def test_a_releaser_without_an_agent_ends(tmp_path: Path) -> None:
     import socket
 
+    from edge.pipe import Page
+
+    page = Page()
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge.releaser", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        [sys.executable, "-m", "edge.releaser", str(theirs.fileno()), str(page.descriptor)],
+        pass_fds=[theirs.fileno(), page.descriptor],
     )
     theirs.close()
     ours.close()
     assert process.wait(TIMEOUT_S) == 0
+    page.close()
+
+
+def test_the_page_tells_what_was_opened_last() -> None:
+    from edge.pipe import Opened, Page
+
+    ours = Page()
+    theirs = Page(os.dup(ours.descriptor))
+    assert ours.read().number == 0
+    theirs.write(Opened(1, "ward/längeres Bild.dcm", True))
+    assert ours.read() == Opened(1, "ward/längeres Bild.dcm", True)
+    theirs.write(Opened(2, "b", False))
+    assert ours.read() == Opened(2, "b", False)
+    theirs.write(Opened(3, "ä" * 5000, False))
+    assert ours.read().number == 3
+    assert set(ours.read().name) <= {"ä", "\N{REPLACEMENT CHARACTER}"}
+    ours.close()
+    theirs.close()
 
 
 def test_the_default_configuration_is_sent_whole() -> None:
