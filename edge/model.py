@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 
 import numpy as np
@@ -74,7 +75,8 @@ class ClientModel:
             The activation is not finite: nothing of this frame may be released.
         """
         activation = self.activation(frame)
-        if not np.isfinite(activation).all():
+        # The sum of finite floats is finite in Python's doubles, and quicker than numpy on a frame's few values.
+        if not math.isfinite(sum(activation.ravel().tolist())):
             raise BackendError("the activation holds NaN or infinity; the frame is dropped.")
         return release(activation, self.law, self._secret)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +46,17 @@ def keyed_noise(secret: bytes, clean: NDArray[np.int8]) -> NDArray[np.float64]:
     """Standard normal noise, shaped as `clean`, that only the holder of `secret` can predict.
 
     SHAKE-256 stretches HMAC-SHA256(secret, clean) into uniforms, Box and Muller turn them into normals: a
-    cryptographic stream, and the same on every version of numpy.
+    cryptographic stream, and the same on every version of numpy, whose own logarithm depends on the processor. A
+    released tensor is so small that the C library's functions, one value at a time, are also the quicker way.
     """
     count = clean.size + clean.size % 2
     key = hmac.digest(secret, clean.tobytes(), "sha256")
-    words = np.frombuffer(hashlib.shake_256(key).digest(8 * count), dtype="<u8")
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log(uniform[: count // 2]))
-    angle = 2.0 * np.pi * uniform[count // 2 :]
-    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))
-    return normal[: clean.size].reshape(clean.shape)
+    words = struct.unpack(f"<{count}Q", hashlib.shake_256(key).digest(8 * count))
+    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in words]
+    radius = [math.sqrt(-2.0 * math.log(one)) for one in uniform[: count // 2]]
+    angle = [2.0 * math.pi * one for one in uniform[count // 2 :]]
+    normal = [
+        *(length * math.cos(one) for length, one in zip(radius, angle, strict=True)),
+        *(length * math.sin(one) for length, one in zip(radius, angle, strict=True)),
+    ]
+    return np.array(normal[: clean.size]).reshape(clean.shape)
