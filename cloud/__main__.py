@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ from fastapi import FastAPI
 
 from cloud.access import Access, Scope
 from cloud.app import create_app
+from cloud.authority import Authority
 from cloud.config import CloudConfig, read_cloud_config
 from cloud.feed import Feed
 from cloud.logs import start_log
 from cloud.problem import Problem
 from cloud.store import Store
-from splitward.errors import SplitwardError
+from splitward.errors import ConfigError, SplitwardError
 
 
 class _Server(uvicorn.Server):
@@ -44,10 +46,18 @@ def main(argv: list[str] | None = None) -> int:
     token = commands.add_parser("token", help="make an API token and print it; the first one is made so")
     token.add_argument("name")
     token.add_argument("--scope", choices=("read", "operate"), default="read")
+    certify = commands.add_parser("certify", help="make a certificate of the broker or of this service")
+    certify.add_argument("service", choices=("broker", "cloud"))
+    certify.add_argument("--host", action="append", default=[], help="name or address by which it is reached")
+    certify.add_argument("--days", type=float, default=365.0)
+    certify.add_argument("--out", type=Path, required=True, help="folder for SERVICE.pem and SERVICE.key")
     arguments = parser.parse_args(argv)
     try:
         config = read_cloud_config(arguments.config)
         start_log(config.log)
+        if arguments.command == "certify":
+            _certify(config, arguments.service, tuple(arguments.host), arguments.days, arguments.out)
+            return 0
         if arguments.command == "token":
             sys.stdout.write(f"{asyncio.run(_create_token(config, arguments.name, arguments.scope))}\n")
             return 0
@@ -59,6 +69,26 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"{error.detail if isinstance(error, Problem) else error}\n")
         return 2
     return _serve(app, config)
+
+
+def _certify(config: CloudConfig, service: str, hosts: tuple[str, ...], days: float, out: Path) -> None:
+    """Write the certificate and key, and beside them what the broker needs: the authority, and a revocation list."""
+    if service == "broker" and not hosts:
+        raise ConfigError("a broker needs --host: the name or address by which devices reach it.")
+    authority = Authority(Path(config.fleet.state_dir))
+    certificate, key = authority.issue_service(service, hosts, days)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in ((f"{service}.pem", certificate), ("authority.pem", authority.pem.encode())):
+            (out / name).write_bytes(data)
+        with os.fdopen(
+            os.open(out / f"{service}.key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
+        ) as file:
+            file.write(key)
+        if not (out / "revoked.crl").exists():  # the service serves the true one
+            (out / "revoked.crl").write_bytes(authority.revocation_list([]))
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}. The certificates are written there.") from error
 
 
 async def _migrate(config: CloudConfig) -> None:

@@ -1,7 +1,7 @@
 """The fleet's keys: a certificate authority for devices, the order key, and the key of tickets.
 
-They lie in `state_dir` (mode 0600), made at the first start. The authority signs client certificates of devices and
-nothing else; the broker trusts it.
+They lie in `state_dir` (mode 0600), made at the first start. The authority signs client certificates of devices, and
+those of the fleet's own services, whose names no device can bear; the broker trusts it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
+import ipaddress
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography import x509
@@ -17,11 +19,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from splitward.errors import ConfigError, MessageError
 
 RENEWAL = b"splitward renewal v1\0"
+SERVICE = "service:"
+"""Begins the common name of every service; a device id holds no colon, so no device can enrol as one."""
 AUTHORITY_DAYS = 3650
 CRL_DAYS = 7
 _BACKDATED = datetime.timedelta(minutes=10)
@@ -81,23 +86,21 @@ class Authority:
 
     def issue(self, request: x509.CertificateSigningRequest, device: str, days: float) -> x509.Certificate:
         """Client certificate of `device` for the request's key."""
-        now = datetime.datetime.now(datetime.UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)]))
-            .issuer_name(self.certificate.subject)
-            .public_key(request.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _BACKDATED)
-            .not_valid_after(now + datetime.timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(sign_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
-            )
-            .sign(self._key, hashes.SHA256())
+        return self._leaf(request.public_key(), device, days, [ExtendedKeyUsageOID.CLIENT_AUTH]).sign(
+            self._key, hashes.SHA256()
         )
+
+    def issue_service(self, name: str, hosts: tuple[str, ...], days: float) -> tuple[bytes, bytes]:
+        """Certificate and key, both PEM, of the service `name`, which is also a server where it has `hosts`."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        uses = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if hosts else [])]
+        builder = self._leaf(key.public_key(), SERVICE + name, days, uses)
+        if hosts:
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([_general_name(one) for one in hosts]), critical=False
+            )
+        certificate = builder.sign(self._key, hashes.SHA256())
+        return certificate.public_bytes(serialization.Encoding.PEM), _private_pem(key)
 
     def revocation_list(self, revoked: list[tuple[int, int]]) -> bytes:
         """PEM list of (serial, revoked_at_ns)."""
@@ -147,6 +150,26 @@ class Authority:
         text = f"splitward ticket v1\0{model}\0{device}\0{expires_at_s}"
         return hmac.new(self._ticket_key, text.encode(errors="replace"), hashlib.sha256).hexdigest()
 
+    def _leaf(
+        self, key: CertificatePublicKeyTypes, name: str, days: float, uses: list[x509.ObjectIdentifier]
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(self.certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACKDATED)
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(sign_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False
+            )
+        )
+
     def _certificate(self, path: Path) -> x509.Certificate:
         if path.exists():
             return x509.load_pem_x509_certificate(path.read_bytes())
@@ -183,21 +206,28 @@ def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
     )
 
 
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private_pem(key: PrivateKeyTypes) -> bytes:
+    plain = serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+
+
 def _secret(path: Path) -> bytes:
     if not path.exists():
         _write(path, os.urandom(32))
     return path.read_bytes()
 
 
-def _key(path: Path, make: object) -> object:
+def _key(path: Path, make: Callable[[], PrivateKeyTypes]) -> PrivateKeyTypes:
     if not path.exists():
-        key = make()  # type: ignore[operator]  # a key's generator
-        _write(
-            path,
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
+        key = make()
+        _write(path, _private_pem(key))
     return serialization.load_pem_private_key(path.read_bytes(), password=None)
 
 

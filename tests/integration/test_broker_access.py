@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import getpass
-import ipaddress
+import json
 import queue
 import ssl
 import subprocess
@@ -18,11 +17,21 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cloud.authority import Authority
+from cloud.__main__ import main
+from cloud.authority import SERVICE, Authority
 from firmware_sim.broker import find_mosquitto, free_port
 from splitward.wire import topics
+from splitward.wire.names import NAME
 
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "mosquitto"
+
+
+def serve_with(folder: Path, service: str, *hosts: str) -> None:
+    """Certificate of a service, by the operator's own command."""
+    settings = folder / "cloud.toml"
+    settings.write_text(f"models = []\n[fleet]\nstate_dir = {json.dumps(str(folder / 'fleet'))}\n")
+    names = [word for host in hosts for word in ("--host", host)]
+    assert main(["--config", str(settings), "certify", service, *names, "--out", str(folder)]) == 0
 
 
 def certify(authority: Authority, folder: Path, name: str) -> int:
@@ -41,31 +50,6 @@ def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     path.write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
 
 
-def certify_broker(folder: Path) -> None:
-    """The broker's own certificate, of an authority of its own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = (
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "broker")]),
-        datetime.datetime.now(datetime.UTC),
-    )
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "broker.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    write_key(folder / "broker.key", key)
-
-
 class Member:
     """A client with the certificate of `name`."""
 
@@ -75,7 +59,7 @@ class Member:
         self.published: queue.Queue[int] = queue.Queue()
         self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, f"client-{name}", protocol=paho.MQTTv5)
         self.client.tls_set(
-            str(folder / "broker.pem"), str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+            str(folder / "authority.pem"), str(folder / f"{name}.pem"), str(folder / f"{name}.key")
         )
         self.client.on_message = lambda _c, _d, message: self.messages.put(message.topic)
         self.client.on_subscribe = lambda _c, _d, _m, codes, _p: self.codes.put([code.value for code in codes])
@@ -103,9 +87,9 @@ def hardened(tmp_path: Path):
     if program is None:
         pytest.skip("mosquitto is not installed: apt install mosquitto")
     authority, port = Authority(tmp_path / "fleet"), free_port()
-    (tmp_path / "authority.pem").write_text(authority.pem)
-    serials = {name: certify(authority, tmp_path, name) for name in ("cloud", "pi-1", "pi-2", "pi-3")}
-    certify_broker(tmp_path)
+    serve_with(tmp_path, "broker", "127.0.0.1", "broker.example.org")
+    serve_with(tmp_path, "cloud")
+    serials = {name: certify(authority, tmp_path, name) for name in ("pi-1", "pi-2", "pi-3")}
     (tmp_path / "revoked.crl").write_bytes(authority.revocation_list([(serials["pi-3"], time.time_ns())]))
     (tmp_path / "acl").write_text((SHIPPED / "acl").read_text())
     text = (SHIPPED / "mosquitto.conf").read_text().replace("listener 8883", f"listener {port} 127.0.0.1")
@@ -173,7 +157,7 @@ def test_a_revoked_certificate_and_none_at_all_are_refused(hardened, tmp_path):
         time.sleep(0.05)
     assert not revoked.client.is_connected()
     bare = paho.Client(paho.CallbackAPIVersion.VERSION2, "bare", protocol=paho.MQTTv5)
-    bare.tls_set(str(tmp_path / "broker.pem"), tls_version=ssl.PROTOCOL_TLS_CLIENT)
+    bare.tls_set(str(tmp_path / "authority.pem"), tls_version=ssl.PROTOCOL_TLS_CLIENT)
     port = revoked.client.port
     try:
         bare.connect("127.0.0.1", port)
@@ -186,3 +170,19 @@ def test_a_revoked_certificate_and_none_at_all_are_refused(hardened, tmp_path):
         pass  # refused at once, in the handshake
     finally:
         bare.loop_stop()
+
+
+def test_no_device_can_bear_a_services_name(hardened, tmp_path):
+    certificate = x509.load_pem_x509_certificate((tmp_path / "cloud.pem").read_bytes())
+    (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    assert name.value == f"{SERVICE}cloud"
+    assert f"user {name.value}\n" in (SHIPPED / "acl").read_text()
+    assert not NAME.fullmatch(str(name.value))
+
+
+def test_a_broker_is_certified_only_with_the_name_it_is_reached_by(tmp_path, capsys):
+    settings = tmp_path / "cloud.toml"
+    settings.write_text(f"models = []\n[fleet]\nstate_dir = {json.dumps(str(tmp_path / 'fleet'))}\n")
+    assert main(["--config", str(settings), "certify", "broker", "--out", str(tmp_path)]) == 2
+    assert "--host" in capsys.readouterr().err
+    assert not (tmp_path / "broker.key").exists()
