@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := edge,edge-tflite,dicom,camera,cloud,train,broker,dev
 SOURCES := splitward edge cloud export firmware_sim tests benchmarks
 
-.PHONY: help setup demo test test-arm64 check format bench constraints mosquitto postgresql emulators image-container bench-arm64 clean
+.PHONY: help setup demo test test-arm64 check format bench constraints tools emulators image-container bench-arm64 clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,10 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup mosquitto postgresql check ## everything but the emulated board; a skip says what is missing
+test: setup tools check ## everything but the emulated board; a skip says what is missing
 	$(BIN)/python -m pytest --ignore=tests/arm64 $(PYTEST)
 
-test-arm64: setup mosquitto emulators ## the device under emulation: programs, container, whole machines; as root
+test-arm64: setup tools emulators ## the device under emulation: programs, container, whole machines; as root
 	$(BIN)/python -m pytest tests/arm64 $(PYTEST)
 
 check: setup ## style, types, and who may import whom
@@ -43,22 +43,24 @@ format: setup ## format the sources
 bench: setup ## speed and memory, to docs/results/bench.json
 	$(BIN)/python -m benchmarks.bench
 
-# The tests' real broker, and the library that gives a process a clock of its own. Only root can install them;
-# without them those tests skip.
-mosquitto:
-	@PATH="$$PATH:/usr/sbin"; command -v mosquitto > /dev/null && command -v faketime > /dev/null && exit 0; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mosquitto faketime > /dev/null; \
-	else echo "mosquitto or faketime is not installed: their tests will be skipped (apt install mosquitto faketime)"; fi
+# Debian packages that tests need, and what it means that they are missing. Only root can install them.
+define apt
+	@if [ "$$(id -u)" = 0 ] && command -v dpkg-query > /dev/null; then \
+		missing=$$(for one in $(1); do dpkg-query -W -f '$${Status}' $$one 2> /dev/null | grep -q 'ok installed' || echo $$one; done); \
+		[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > /dev/null; }; \
+	else echo "$(2): apt install $(1)"; fi
+endef
 
-# What tests/arm64 builds and starts images with. Only root can install it; without it those tests skip.
+# A real broker, a real database, clocks that jump, and what reads the files of deploy/.
+TOOLS := mosquitto faketime postgresql docker-compose prometheus
+tools:
+	$(call apt,$(TOOLS),tests that lack one of these are skipped)
+
+# What tests/arm64 builds and starts images with.
 EMULATORS := qemu-user-static binfmt-support qemu-system-arm qemu-efi-aarch64 qemu-utils mtools dosfstools e2fsprogs \
 	squashfs-tools zstd kmod cpio rauc buildah passwd
 emulators:
-	@if [ "$$(id -u)" = 0 ] && command -v dpkg-query > /dev/null; then \
-		missing=$$(for one in $(EMULATORS); do dpkg-query -W -f '$${Status}' $$one 2> /dev/null | grep -q 'ok installed' || echo $$one; done); \
-		[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > /dev/null; }; \
-	else echo "tests/arm64 needs root and, installed: $(EMULATORS)"; fi
+	$(call apt,$(EMULATORS),tests/arm64 needs root and)
 
 image-container: ## the device's container for arm64, with buildah; OUT=FILE BASE=FOLDER
 	$(BIN)/hadolint Dockerfile.arm64
@@ -67,12 +69,6 @@ image-container: ## the device's container for arm64, with buildah; OUT=FILE BAS
 bench-arm64: setup emulators ## image, container and machines under emulation, to docs/results/arm64.json; as root
 	$(BIN)/python -m benchmarks.arm64
 
-# Likewise the tests' real PostgreSQL.
-postgresql:
-	@ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 && exit 0; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql > /dev/null; \
-	else echo "postgresql is not installed: its tests will be skipped (apt install postgresql)"; fi
 
 constraints: setup ## pin what is installed now
 	@{ sed -n '1,2p' constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new

@@ -1,0 +1,121 @@
+"""deploy/ and the operator's pages: valid to the tools that will read them, and true to the service."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from cloud.config import CloudConfig, read_cloud_config
+from splitward.config import build_config, parse_toml
+
+ROOT = Path(__file__).resolve().parents[3]
+DEPLOY = ROOT / "deploy"
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+METRIC = re.compile(r"\bsplitward_[a-z_]+")
+SUFFIXES = re.compile(r"_(total|bucket|sum|count)$")
+
+
+def run(*command: str, **environment: str) -> str:
+    """Output of a tool that has to be there."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed: apt install docker-compose prometheus")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def manifests() -> list[dict[str, Any]]:
+    found = [one for path in MANIFESTS for one in yaml.safe_load_all(path.read_text())]
+    return [one for one in found if one["kind"] != "Kustomization"]
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_the_compose_file_is_valid_and_asks_for_its_passwords() -> None:
+    file = str(DEPLOY / "compose.yaml")
+    shown = yaml.safe_load(
+        run("docker-compose", "-f", file, "config", POSTGRES_PASSWORD="one", GRAFANA_PASSWORD="two")
+    )
+    for name, service in shown["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+    failed = subprocess.run(["docker-compose", "-f", file, "config"], capture_output=True, check=False)
+    assert failed.returncode != 0
+
+
+def test_every_file_that_is_mounted_is_there_or_made_by_the_operator() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    mounted = [one.split(":")[0] for service in services.values() for one in service.get("volumes", [])]
+    for path in (one for one in mounted if one.startswith("./")):
+        made_by_hand = path.startswith(("./certificates/", "./models"))
+        assert made_by_hand or (DEPLOY / path).exists(), path
+
+
+@pytest.mark.parametrize("manifest", manifests(), ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
+def test_every_manifest_is_what_kubernetes_takes(manifest: dict[str, Any]) -> None:
+    kubernetes_validate.validate(manifest, "1.37", strict=True)
+
+
+def test_the_kustomization_names_every_manifest() -> None:
+    kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    assert sorted([*kustomization["resources"], "kustomization.yaml"]) == [path.name for path in MANIFESTS]
+
+
+def test_the_configurations_are_ones_that_the_service_takes() -> None:
+    config = read_cloud_config(DEPLOY / "cloud" / "cloud.toml")
+    (held,) = [one for one in manifests() if one["kind"] == "ConfigMap"]
+    other = build_config(parse_toml(held["data"]["cloud.toml"]), CloudConfig, where="cloud.yaml")
+    assert other.broker.tls == config.broker.tls
+    assert other.store.url == config.store.url
+    assert other.fleet.state_dir == config.fleet.state_dir
+
+
+def test_promtool_takes_the_alerts_and_they_go_off_when_they_should() -> None:
+    rules = DEPLOY / "prometheus"
+    assert f"{len(alerts())} rules found" in run("promtool", "check", "rules", str(rules / "alerts.yml"))
+    run("promtool", "test", "rules", str(rules / "alerts_test.yml"))
+    tested = yaml.safe_load((rules / "alerts_test.yml").read_text())["tests"]
+    raised = {one["alertname"] for test in tested for one in test["alert_rule_test"] if one["exp_alerts"]}
+    assert raised == {one["alert"] for one in alerts()}
+
+
+def test_every_alert_has_its_section_of_the_runbook() -> None:
+    sections = set(re.findall(r"^## (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE))
+    assert sections == {one["alert"] for one in alerts()}
+    for one in alerts():
+        assert one["annotations"]["runbook"] == f"docs/runbook.md#{one['alert'].lower()}"
+
+
+@pytest.mark.anyio
+async def test_alerts_and_dashboard_ask_for_metrics_that_there_are(cloud: Any) -> None:
+    exposed = cloud.parts.metrics.expose().decode()
+    there = {SUFFIXES.sub("", name) for name in METRIC.findall(exposed)}
+    page = json.loads((DEPLOY / "grafana" / "dashboards" / "splitward.json").read_text())
+    asked = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
+    asked += [one["expr"] for one in alerts()]
+    wanted = {SUFFIXES.sub("", name) for query in asked for name in METRIC.findall(query)}
+    assert wanted <= there, wanted - there
+    assert len(page["panels"]) == len({panel["id"] for panel in page["panels"]})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("page", ["cloud.md", "runbook.md"])
+async def test_the_operators_pages_name_routes_that_there_are(page: str, cloud: Any) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    paths = cloud.app.openapi()["paths"]
+    named = re.findall(r"`?(GET|POST|DELETE) (/v1/[^\s`]+)", text)
+    assert named
+    for method, path in named:
+        assert method.lower() in paths.get(path.rstrip(",.;"), {}), f"{method} {path}"
