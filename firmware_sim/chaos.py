@@ -37,6 +37,7 @@ from edge.recording import read_recording
 from edge.results import read_results
 from firmware_sim.authority import Authority
 from firmware_sim.broker import HOST, Broker, start_broker
+from firmware_sim.database import Postgres, start_postgres
 from firmware_sim.errors import ScenarioError
 from firmware_sim.processes import FAKETIME, SimulatedCloud, SimulatedDevice
 from firmware_sim.proxy import FaultProxy, Toxics
@@ -97,12 +98,14 @@ class Chaos:
         broker: Broker,
         proxy: FaultProxy,
         cloud: SimulatedCloud,
+        database: Postgres | None,
     ) -> None:
         self._scenario = scenario
         self._devices = devices
         self._broker = broker
         self._proxy = proxy
         self._cloud = cloud
+        self._database = database
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._broker_away_until_s: float | None = None
         self.kills: Counter[str] = Counter()
@@ -153,6 +156,12 @@ class Chaos:
             if hit:
                 self._broker.stop()
                 self._broker_away_until_s = until_s
+        elif event.kind == "kill_database":
+            database = self._database
+            hit = database is not None and database.runs
+            if database is not None and hit:
+                database.kill()
+                self._later.append((until_s, database.start))
         else:
             hit = True
             self._spoil(event, device, until_s)
@@ -212,6 +221,8 @@ def run_chaos(
     kinds = {event.kind for event in plan(scenario)}
     if "disk_full" in kinds and os.geteuid() != 0:
         raise ScenarioError("only root can mount the small disks that `disk_full` fills. Run it as root.")
+    if "kill_database" in kinds and scenario.store == "sqlite":
+        raise ScenarioError('SQLite lives in the cloud\'s process: `kill_database` needs store = "postgresql".')
     if "clock_jump" in kinds and not FAKETIME.exists():
         raise ScenarioError(f"{FAKETIME} is missing, which `clock_jump` needs: apt install faketime.")
     with ExitStack() as stack:
@@ -222,9 +233,10 @@ def run_chaos(
         authority = _certify(folder / "certificates", scenario) if scenario.tls else None
         broker = stack.enter_context(start_broker(certificates=None if authority is None else authority.folder))
         proxy = stack.enter_context(FaultProxy(broker.port, seed=scenario.seed))
-        cloud = SimulatedCloud(
-            folder, bundle.resolve(), broker.port, {} if authority is None else authority.files("cloud")
-        )
+        database = stack.enter_context(start_postgres()) if scenario.store == "postgresql" else None
+        store = f"sqlite+aiosqlite:///{folder}/cloud.db" if database is None else f"{database.url}/postgres"
+        tls_files = {} if authority is None else authority.files("cloud")
+        cloud = SimulatedCloud(folder, bundle.resolve(), broker.port, tls_files, store)
         stack.callback(cloud.stop)
         devices = []
         for number, (images, names) in enumerate(_deal(frames, scenario)):
@@ -240,7 +252,8 @@ def run_chaos(
                 config = msgspec.structs.replace(config, broker=msgspec.structs.replace(config.broker, tls=tls))
             devices.append(SimulatedDevice(place, config, clock, scenario.memory_bytes))
             stack.callback(devices[-1].stop)
-        return _run(scenario, devices, broker, proxy, cloud)
+        chaos = Chaos(scenario, devices, broker, proxy, cloud, database)
+        return _run(chaos, scenario, devices, cloud, store)
 
 
 def _certify(folder: Path, scenario: Scenario) -> Authority:
@@ -258,14 +271,9 @@ def _name(number: int) -> str:
 
 
 def _run(
-    scenario: Scenario,
-    devices: Sequence[SimulatedDevice],
-    broker: Broker,
-    proxy: FaultProxy,
-    cloud: SimulatedCloud,
+    chaos: Chaos, scenario: Scenario, devices: Sequence[SimulatedDevice], cloud: SimulatedCloud, store: str
 ) -> ChaosReport:
     started_s = time.monotonic()
-    chaos = Chaos(scenario, devices, broker, proxy, cloud)
     chaos.run()
     healed_s = time.monotonic()
     for device in devices:
@@ -274,7 +282,7 @@ def _run(
     ended_s = time.monotonic()
     cloud.stop()
     per_device = -(-scenario.frames // scenario.devices)
-    lost, duplicated, rows = _account(devices, cloud.store, per_device, reports)
+    lost, duplicated, rows = _account(devices, _stored(store), per_device, reports)
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report.get("dropped", {}))
@@ -295,12 +303,25 @@ def _run(
     )
 
 
+def _stored(store: str) -> Counter[tuple[str, str, int]]:
+    """Device, boot and sequence of every row of the store at the URL `store`."""
+    question = "SELECT device, boot, sequence FROM results"
+    if store.startswith("sqlite"):
+        with closing(sqlite3.connect(store.partition("///")[2])) as database:
+            return Counter(database.execute(question).fetchall())
+    import psycopg
+
+    with psycopg.connect(store.replace("+psycopg", "")) as connection:
+        return Counter(connection.execute(question).fetchall())
+
+
 def _account(
-    devices: Sequence[SimulatedDevice], store: Path, per_device: int, reports: Sequence[dict[str, Any]]
+    devices: Sequence[SimulatedDevice],
+    rows: Counter[tuple[str, str, int]],
+    per_device: int,
+    reports: Sequence[dict[str, Any]],
 ) -> tuple[int, int, int]:
     """Frames lost, frames or rows too many, and rows of the store."""
-    with closing(sqlite3.connect(store)) as database:
-        rows = Counter(database.execute("SELECT device, boot, sequence FROM results").fetchall())
     lost = duplicated = 0
     claimed: set[tuple[str, str, int]] = set()
     for device, report in zip(devices, reports, strict=True):

@@ -144,14 +144,13 @@ class SimulatedDevice:
 class SimulatedCloud:
     """The cloud as a process of its own; its store and log lie in `folder`. `tls` names its certificate's files."""
 
-    def __init__(self, folder: Path, bundle: Path, broker_port: int, tls: dict[str, str]) -> None:
-        self.store = folder / "cloud.db"
+    def __init__(self, folder: Path, bundle: Path, broker_port: int, tls: dict[str, str], store: str) -> None:
         self._config = folder / "cloud.toml"
         self._log = folder / "cloud.log"
         secured = "".join(f"tls.{name} = {json.dumps(path)}\n" for name, path in tls.items())
         self._config.write_text(
             f"models = {json.dumps([str(server_card_path(bundle))])}\n\n[broker]\nport = {broker_port}\n{secured}\n"
-            f"[api]\nport = {free_port()}\n\n[store]\nurl = {json.dumps(f'sqlite+aiosqlite:///{self.store}')}\n",
+            f"[api]\nport = {free_port()}\n\n[store]\nurl = {json.dumps(store)}\n",
             encoding="utf-8",
         )
         self._process: subprocess.Popen[bytes] | None = None

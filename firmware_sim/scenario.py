@@ -23,6 +23,7 @@ Kind = Literal[
     "latency",
     "loss",
     "bandwidth",
+    "kill_database",
 ]
 AIMED: frozenset[Kind] = frozenset({"kill_agent", "kill_releaser", "hang_releaser", "disk_full", "clock_jump"})
 """What befalls one device; the rest befalls the network or the cloud."""
@@ -67,6 +68,7 @@ class Counts(Struct, frozen=True, kw_only=True):
     latency: int = 0
     loss: int = 0
     bandwidth: int = 0
+    kill_database: int = 0
 
 
 class Scenario(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,8 @@ class Scenario(Struct, frozen=True, kw_only=True):
         Address space of each agent's process, as a small board would limit it; 0 for no limit.
     tls : bool
         Mutual TLS between devices, broker and cloud, as in a hospital: every cut is a new handshake.
+    store : "sqlite" or "postgresql"
+        Of the cloud. SQLite dies with the cloud's process; PostgreSQL can be killed alone.
     events : tuple of Event
         Beside the drawn ones.
     """
@@ -107,6 +111,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     disk_bytes: Annotated[int, Meta(ge=1 << 20)] = 6 << 20
     memory_bytes: Annotated[int, Meta(ge=0)] = 0
     tls: bool = True
+    store: Literal["sqlite", "postgresql"] = "sqlite"
     counts: Counts = Counts()
     events: tuple[Event, ...] = ()
 
@@ -135,6 +140,7 @@ def _draw(draw: random.Random, kind: Kind, scenario: Scenario) -> Event:
 _LASTS_S: dict[Kind, tuple[float, float]] = {
     "kill_broker": (0.5, 8.0),
     "kill_cloud": (0.5, 8.0),
+    "kill_database": (0.5, 8.0),
     "disk_full": (10.0, 40.0),
     "half_open": (5.0, 60.0),
     "latency": (5.0, 30.0),

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
-import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +15,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from firmware_sim.broker import Broker, find_mosquitto, free_port, start_broker
+from firmware_sim.broker import Broker, find_mosquitto, start_broker
+from firmware_sim.database import DatabaseError, start_postgres
 from splitward.wire.bundle import InputSpec, Manifest, create_signing_key, public_key_path, write_bundle
 from splitward.wire.release import ReleaseLaw
 
@@ -56,36 +53,14 @@ def embedded_broker() -> Iterator[Broker]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL, without a database's name, of a PostgreSQL server of the session's own."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path("/usr/bin")]
-    programs = found[-1]
-    if not (programs / "initdb").exists():
-        pytest.skip("postgresql is not installed: apt install postgresql")
-    folder, port = Path(tempfile.mkdtemp(prefix="splitward-postgres-")), free_port()
-    as_user: list[str] = []
-    if os.geteuid() == 0:  # it refuses to run as root
-        shutil.chown(folder, "postgres", "postgres")
-        as_user = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
-    data = folder / "data"
-    make = [*as_user, str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "test", "--no-sync"]
-    subprocess.run(make, check=True, capture_output=True, cwd=folder)
-    settings = ["-k", str(folder), "-h", "127.0.0.1", "-p", str(port), "-c", "fsync=off"]
-    server = subprocess.Popen(
-        [*as_user, str(programs / "postgres"), "-D", str(data), *settings],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
-    )  # fmt: skip
-    try:
-        ask = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-t", "30"]
-        deadline_s = time.monotonic() + 60
-        while subprocess.run(ask, check=False, capture_output=True).returncode:
-            assert server.poll() is None, "PostgreSQL ended"
-            assert time.monotonic() < deadline_s, "PostgreSQL does not answer"
-        yield f"postgresql+psycopg://test@127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(start_postgres(durable=False))
+        except DatabaseError as error:
+            pytest.skip(str(error))
+        yield server.url
 
 
 @pytest.fixture
