@@ -26,8 +26,9 @@ import torch
 from firmware_sim.arm64 import activations
 from firmware_sim.arm64.machine import Kind
 from firmware_sim.arm64.stand import open_stand
-from firmware_sim.arm64.trial import DEVICE, Scenario, open_machine, run_trial, serve_folder
+from firmware_sim.arm64.trial import DEVICE, open_machine, run_trial, serve_folder
 from firmware_sim.arm64.user import run_in_root
+from firmware_sim.scenario import Scenario
 from splitward.data import open_dataset
 from splitward.image.build import ImageSettings, build_image
 from splitward.image.cli import DEFAULT_CACHE
@@ -157,7 +158,9 @@ def measure_start(bench: Bench, kind: Kind) -> dict[str, Any]:
     image = bench.image("rpi3" if kind == "raspi3b" else "virt")
     frames = open_dataset("mnist").test.images[:FRAMES, 0]
     folder = bench.folder / f"start-{kind}"
-    trial = run_trial(kind, image, server_card_path(bench.bundle), frames, Scenario(), folder, START_LIMIT_S)
+    trial = run_trial(
+        kind, image, server_card_path(bench.bundle), frames, Scenario(rate_hz=0.0), folder, START_LIMIT_S
+    )
     keep_serial(folder / "serial.log", f"arm64-{kind}")
     return {f"{kind}_first_ack_s": trial.first_ack_s, f"{kind}_stored": f"{trial.stored} of {trial.frames}"}
 

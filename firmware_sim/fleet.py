@@ -29,6 +29,7 @@ from edge.config import (
 from edge.errors import CaptureError
 from edge.recording import read_recording
 from edge.results import read_results
+from splitward.config import format_toml
 
 STOP_S = 15.0
 Variant = Annotated[str, Meta(pattern=r"^(onnx|tflite)-(float32|int8)\Z")]
@@ -237,23 +238,14 @@ def _percentile(values: list[float], percent: float) -> float | None:
 
 
 def to_toml(config: EdgeConfig) -> str:
-    """The configuration as TOML; what has its default is left out. JSON's strings, numbers and booleans are TOML's."""
-    lines: list[str] = []
-
-    def write(header: str, name: str, values: dict[str, Any], defaults: dict[str, Any]) -> None:
-        lines.append(header)
-        nested = {key: value for key, value in values.items() if isinstance(value, dict)}
-        lines.extend(
-            f"{key} = {json.dumps(value)}"
-            for key, value in values.items()
-            if value is not None and key not in nested and value != defaults.get(key)
-        )
-        for key, value in nested.items():
-            write(f"[{name}.{key}]", f"{name}.{key}", value, {})
-
-    defaults = msgspec.to_builtins(EdgeConfig())
-    for table, values in msgspec.to_builtins(config).items():
-        for each in values if isinstance(values, (list, tuple)) else [values]:
-            header = f"[[{table}]]" if isinstance(values, (list, tuple)) else f"[{table}]"
-            write(header, table, each, {} if isinstance(values, (list, tuple)) else defaults[table])
-    return "\n".join(lines) + "\n"
+    """The configuration as TOML; what has its default is left out."""
+    given, defaults = msgspec.to_builtins(config), msgspec.to_builtins(EdgeConfig())
+    return format_toml(
+        {
+            table: {key: value for key, value in values.items() if value != defaults[table].get(key)}
+            if isinstance(values, dict)
+            else values
+            for table, values in given.items()
+            if values
+        }
+    )

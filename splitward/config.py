@@ -53,20 +53,30 @@ def format_toml(tables: dict[str, Any]) -> str:
     """Plain `tables` as TOML. JSON's strings, numbers and booleans are TOML's; a value of None is left out."""
     lines: list[str] = []
 
-    def write(table: str, values: dict[str, Any]) -> None:
-        nested = {key: value for key, value in values.items() if isinstance(value, dict)}
-        if table:
-            lines.append(f"[{table}]")
+    def write(header: str, table: str, values: dict[str, Any]) -> None:
+        nested = {key: value for key, value in values.items() if _is_table(value)}
+        if header:
+            lines.append(header)
         lines.extend(
             f"{key} = {json.dumps(value)}"
             for key, value in values.items()
-            if value is not None and key not in nested
+            if key not in nested and value is not None
         )
         for key, value in nested.items():
-            write(f"{table}.{key}" if table else key, value)
+            name = f"{table}.{key}" if table else key
+            many = not isinstance(value, dict)
+            for one in value if many else [value]:
+                write(f"[[{name}]]" if many else f"[{name}]", name, one)
 
-    write("", tables)
+    write("", "", tables)
     return "\n".join(lines) + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a table, or a list of some."""
+    return isinstance(value, dict) or (
+        isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict)
+    )
 
 
 def build_config(values: dict[str, Any], kind: type[T], where: str) -> T:

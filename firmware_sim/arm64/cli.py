@@ -38,8 +38,9 @@ def add_arm64(commands: Any) -> None:
 def _boot(options: dict[str, Any]) -> int:
     from edge.recording import read_recording
     from firmware_sim.arm64.machine import missing_tools
-    from firmware_sim.arm64.trial import Scenario, format_trial, run_trial
+    from firmware_sim.arm64.trial import format_trial, run_trial
     from firmware_sim.arm64.user import EmulationError
+    from firmware_sim.scenario import Scenario
     from splitward.config import read_config
 
     out: Path = options["out"]
@@ -48,7 +49,7 @@ def _boot(options: dict[str, Any]) -> int:
             raise EmulationError(f"machines cannot be emulated: {missing}.")
         images, _ = read_recording(options["frames"])
         path = options["scenario"]
-        scenario = Scenario() if path is None else read_config(path, Scenario)
+        scenario = Scenario(rate_hz=0.0) if path is None else read_config(path, Scenario)
         machine, image, server = options["machine"], options["image"], options["server"]
         trial = run_trial(machine, image, server, images, scenario, out, FIRST_ACK_S)
     except (SplitwardError, OSError) as error:

@@ -1,7 +1,7 @@
 """One device under emulation from first start to last result, and what befalls it on the way.
 
-The events are those of the other fault scenarios, as far as a whole machine can meet them: `kill_agent` cuts the
-device's power, `cut` takes its network away, `kill_broker` the broker, each for `lasts_s`.
+The scenarios are those of the fleet, as far as a whole machine can meet them: `kill_agent` cuts the device's power,
+`cut` takes its network away, `kill_broker` the broker, each for `lasts_s`, counted from the first result.
 """
 
 from __future__ import annotations
@@ -14,35 +14,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from firmware_sim.arm64.machine import Kind, Machine, insert_card, unpack_card
 from firmware_sim.arm64.stand import GUEST_HOST, Stand, open_stand
 from firmware_sim.arm64.user import EmulationError
+from firmware_sim.errors import ScenarioError
+from firmware_sim.scenario import Scenario, plan
 
 DEVICE = "device-1"
 IMPORTS = "/var/lib/splitward/import"
 
 
-class Event(Struct, frozen=True, kw_only=True):
-    """One blow, `at_s` seconds after the first result."""
-
-    at_s: Annotated[float, Meta(ge=0)]
-    kind: Literal["kill_agent", "cut", "kill_broker"]
-    lasts_s: Annotated[float, Meta(ge=0)] = 0.0
-
-
-class Scenario(Struct, frozen=True, kw_only=True):
-    """`scenario.toml`, as far as it concerns one machine."""
-
-    name: str = ""
-    rate_hz: float = 0.0
-    heal_s: float = 600.0
-    events: tuple[Event, ...] = ()
+BLOWS = frozenset({"kill_agent", "cut", "kill_broker"})
 
 
 class Trial(Struct, frozen=True):
@@ -85,11 +73,16 @@ def run_trial(
     ------
     EmulationError
         The device does not start, or a frame is not answered in time.
+    ScenarioError
+        The scenario holds a blow that a whole machine cannot be dealt.
     """
+    unknown = sorted({event.kind for event in plan(scenario)} - BLOWS)
+    if unknown:
+        raise ScenarioError(f"a machine cannot be dealt {', '.join(unknown)}, only {', '.join(sorted(BLOWS))}.")
     folder.mkdir(parents=True, exist_ok=True)
     with (
         open_stand(folder / "stand", DEVICE, card) as stand,
-        open_machine(kind, image, stand, frames, folder) as device,
+        open_machine(kind, image, stand, frames, folder, rate_hz=scenario.rate_hz) as device,
     ):
         listener = stand.listener
         if listener is None:
@@ -185,7 +178,7 @@ def format_trial(trial: Trial) -> str:
 def _play(scenario: Scenario, stand: Stand, device: Machine) -> int:
     """Let the events happen; how often the device was started again."""
     started_s, starts = time.monotonic(), 0
-    for event in sorted(scenario.events, key=lambda one: one.at_s):
+    for event in plan(scenario):
         time.sleep(max(0.0, started_s + event.at_s - time.monotonic()))
         if event.kind == "kill_agent":
             device.cut_power()

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from splitward.image import debian
-from splitward.image.wheels import PYTHON, compile_python, copy_agent, fetch
+from splitward.image.wheels import PYTHON, SOURCE, compile_python, copy_agent, fetch
 from splitward.image.wheels import unpack as unpack_wheels
 
 FILES = Path(__file__).with_name("files")
@@ -104,6 +104,7 @@ def finish_system(root: Path) -> None:
     """Make `root` one that starts: units, mounts, the settings in `files/root`."""
     shutil.copytree(FILES / "root", root, dirs_exist_ok=True, symlinks=True)
     units = root / "etc/systemd/system"
+    shutil.copy(SOURCE / "edge/systemd/splitward-edge.service", units)
     for target, names in _ENABLED.items():
         (units / target).mkdir(exist_ok=True)
         for name in names:
