@@ -2,6 +2,9 @@
 
 CPU time is that of the server's processes, by the kernel's account, over the inferences that they made meanwhile:
 client, decoding, inference, commit and reply, for every server. Servers take turns and each figure is a median.
+
+What else stands in the file comes of benchmarks.mutations, and of the campaign `python -m firmware_sim chaos
+firmware_sim/scenarios/database.toml --out docs/results/cloud-chaos.json`, whose sum is taken over.
 """
 
 from __future__ import annotations
@@ -237,7 +240,12 @@ def main() -> int:
         "command": f"python -m benchmarks.cloud --frames {given.frames} --repeats {given.repeats}",
         "versions": versions(),
     }
-    given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    campaign = given.out.with_name("cloud-chaos.json")
+    if campaign.exists():
+        chaos = json.loads(campaign.read_text())
+        result["chaos"] = {name: chaos[name] for name in ("frames", "lost", "duplicated", "kills", "command")}
+    before = json.loads(given.out.read_text()) if given.out.exists() else {}
+    given.out.write_text(json.dumps(before | result, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
 
