@@ -94,7 +94,7 @@ class _Table:
         self._connection.execute("COMMIT")
 
 
-class _Answerer:
+class Answerer:
     """Decode, infer, commit, encode: for a list of messages."""
 
     def __init__(self, config: CloudConfig, batch: int) -> None:
@@ -121,41 +121,13 @@ def serve_fastapi(config: CloudConfig) -> None:
     """One activation for each POST, answered in the event loop."""
     import uvicorn
 
-    app, answerer = FastAPI(), _Answerer(config, 1)
+    app, answerer = FastAPI(), Answerer(config, 1)
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         return Response(answerer.answer([await request.body()])[0], media_type="application/json")
 
     uvicorn.run(app, host=config.api.host, port=config.api.port, log_level="warning", access_log=False)
-
-
-def serve_litserve(config: CloudConfig) -> None:
-    """LitServe with batching, one worker."""
-    import litserve
-
-    class Api(litserve.LitAPI):  # type: ignore[misc]  # litserve has no types
-        def setup(self, device: str) -> None:  # noqa: ARG002  # litserve calls it so
-            self.answerer = _Answerer(config, config.batch.max_size)
-
-        async def decode_request(self, request: Request) -> bytes:
-            return await request.body()
-
-        def batch(self, inputs: list[bytes]) -> list[bytes]:
-            return inputs
-
-        def predict(self, messages: list[bytes]) -> list[bytes]:
-            return self.answerer.answer(messages)
-
-        def unbatch(self, output: list[bytes]) -> list[bytes]:
-            return output
-
-        def encode_response(self, output: bytes) -> Response:
-            return Response(output, media_type="application/json")
-
-    api = Api(max_batch_size=config.batch.max_size, batch_timeout=config.batch.max_wait_ms / 1000)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
-    server.run(host=config.api.host, port=config.api.port, generate_client_file=False, log_level="warning")
 
 
 def main() -> Any:
@@ -170,7 +142,11 @@ def main() -> Any:
         )
         return cloud.__main__.main(["--config", given.config])
     config = read_cloud_config(Path(given.config))
-    return serve_fastapi(config) if given.kind == "fastapi_post" else serve_litserve(config)
+    if given.kind == "fastapi_post":
+        return serve_fastapi(config)
+    from benchmarks.litserve_peer import serve  # it comes with benchmarks of its own, and takes seconds
+
+    return serve(config)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,9 @@ class Link:
         if self._tls is not None:
             client.tls_set_context(self._tls)
         client.on_socket_open = _send_at_once
+        # Where nobody asks to hear of it, paho writes on the thread that publishes. Two threads in one TLS connection
+        # break it, so this thread alone writes: whatever is queued wakes it.
+        client.on_socket_register_write = _leave_to_the_loop
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
@@ -263,6 +266,10 @@ class Link:
 
     def _where(self) -> str:
         return f"{self._config.broker.host}:{self._config.broker.port}"
+
+
+def _leave_to_the_loop(_client: Client, _userdata: Any, _connection: Any) -> None:
+    """Nothing: the loop looks by itself whether there is something to write."""
 
 
 def _send_at_once(_client: Client, _userdata: Any, connection: Any) -> None:

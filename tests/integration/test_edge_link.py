@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import paho.mqtt.client
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -257,6 +258,27 @@ def test_an_enrolled_device_delivers_over_mutual_tls_until_it_is_revoked(
         events.get(timeout=2.0)
     broker = {one.name: one.state for one in check_device(config)}
     assert "fail" in (broker.get("tls"), broker.get("broker"))
+
+
+def test_only_the_links_own_thread_uses_the_socket(
+    tmp_path: Path, web: HttpsCloud, secure: SecureMosquitto, tiny_bundle: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    """Two threads in one TLS connection break it: now and then on a fast machine, with every frame on a slow one."""
+    users = set()
+    for name in ("_sock_send", "_sock_recv"):
+        real = getattr(paho.mqtt.client.Client, name)
+
+        def use(client: Any, data: Any, real: Any = real) -> Any:
+            if client._client_id.endswith(b".device-1"):
+                users.add(threading.current_thread().name)
+            return real(client, data)
+
+        monkeypatch.setattr(paho.mqtt.client.Client, name, use)
+    config = enrolled(tmp_path, web, secure, tiny_bundle)
+    with cloud_at(secure, cloud_client(web, tmp_path)):
+        assert run_agent(config, until_answered=True).results == 20
+    assert users == {"link"}
+    assert not [one for one in caplog.records if one.name == "edge.link" and one.levelname == "WARNING"]
 
 
 def test_a_device_may_not_speak_for_another(
