@@ -202,6 +202,7 @@ def _add_model(settings: ImageSettings, root: Path, version: str) -> None:
         trusted.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
     (root / "etc/splitward-release").write_text(version + "\n")
+    (root / "etc/rauc").mkdir(exist_ok=True)
     if settings.update_certificate is not None:
         shutil.copy(settings.update_certificate, root / "etc/rauc/keyring.pem")
     (root / "etc/rauc/system.conf").write_text(_rauc_settings(settings.board))

@@ -64,6 +64,8 @@ GROUPS = {
     # What the tests of the agent need under emulation, and what the container is built with.
     "test": ("mosquitto", "python3-pip"),
 }
+TEST_SHARES = frozenset({"libwrap0", "mount"})
+"""What the tests' packages need as well, and the lock counts to the group that needed it first."""
 BESIDE = frozenset({"boot", "kernel", "kernel-rpi5", "firmware"})
 """Groups that are unpacked beside the root, in part."""
 SUITES = {

@@ -55,8 +55,8 @@ _MASKED = (
 
 def build_base(folder: Path, cache: Path, mirror: str | None, with_test: bool, with_agent: bool) -> None:
     """Unpack Debian with Python into `folder`: a container's base, or with the agent a root for emulation."""
-    groups = {"python", "test"} if with_test else {"python"}
-    packages = [one for one in debian.read_lock() if one.group in groups]
+    groups, shared = ({"python", "test"}, debian.TEST_SHARES) if with_test else ({"python"}, frozenset[str]())
+    packages = [one for one in debian.read_lock() if one.group in groups or one.name in shared]
     folder.mkdir(parents=True)
     folder.chmod(0o755)
     debian.unpack(debian.fetch(packages, cache / "debian", mirror or debian.find_mirror()), folder)

@@ -14,7 +14,7 @@ from splitward.image.wheels import fetch_others
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).resolve().parents[2]
-NEEDED = ("pytest", "pytest-timeout", "hypothesis", "onnx", "iotcore")
+NEEDED = ("pytest", "pytest-timeout", "hypothesis", "onnx", "iotcore", "prometheus-client")
 SUITES = {
     "unit": ["tests/unit/edge", "tests/contract"],
     # Of the integration tests those whose point is not a clock: emulation is slower than any real device.
