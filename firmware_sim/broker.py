@@ -59,8 +59,8 @@ user {user}
 _ACCESS = """\
 user cloud
 topic readwrite splitward/#
-user observer
-topic read splitward/#
+user service:cloud
+topic readwrite splitward/#
 pattern write splitward/v1/+/%u/activation
 pattern write splitward/v1/+/%u/status
 pattern write splitward/v1/+/%u/outcome
@@ -191,7 +191,7 @@ def start_broker(
         mosquitto, where it is not installed, gives way to the embedded broker.
     certificates : Path, optional
         Folder with `ca.pem`, `broker.pem` and `broker.key`: mosquitto with mutual TLS. The user "cloud" reaches every
-        topic, "observer" reads every topic, and any other is a device.
+        topic, and any other is a device.
 
     Raises
     ------

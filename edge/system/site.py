@@ -15,11 +15,16 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from splitward.config import format_toml, read_config
+from splitward.config import format_toml, read_config, read_toml
 from splitward.errors import ConfigError
+from splitward.wire.names import NAME
 
+KEPT = Path("/data/site.toml")
+"""The last good one."""
 AGENT_ID = 900
 """User and group of the agent in the image."""
+IDENTITY = "var/lib/splitward/identity"
+"""What enrolment gave, below the root; it survives updates of the system."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "device": {
         "bundle": "/usr/share/splitward/model.bundle",
@@ -68,6 +73,27 @@ class UpdateConfig(Struct, frozen=True, kw_only=True):
     every_s: Annotated[float, Meta(ge=1)] = 3600.0
 
 
+class EnrolmentConfig(Struct, frozen=True, kw_only=True):
+    """`[enrolment]`: how the device gets its certificate at its first start, and its broker with it.
+
+    Attributes
+    ----------
+    url : str
+        The cloud.
+    token : str
+        For one device, once; after that it is worth nothing, and may stay in the file.
+    device, site : str
+    ca : str or None
+        Authority of that address, a PEM file such as `/var/lib/splitward/import/ca.pem`; the public ones by default.
+    """
+
+    url: Annotated[str, Meta(pattern=r"^https://")]
+    token: OneLine
+    device: Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
+    site: Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")] = "default"
+    ca: str | None = None
+
+
 class SiteConfig(Struct, frozen=True, kw_only=True):
     """All of `site.toml`.
 
@@ -84,6 +110,7 @@ class SiteConfig(Struct, frozen=True, kw_only=True):
     ssh_keys: tuple[OneLine, ...] = ()
     network: NetworkConfig = NetworkConfig()
     update: UpdateConfig | None = None
+    enrolment: EnrolmentConfig | None = None
     agent: dict[str, Any] = {}
 
 
@@ -92,12 +119,26 @@ def read_site(path: Path) -> SiteConfig:
     return read_config(path, SiteConfig)
 
 
-def agent_settings(site: SiteConfig) -> dict[str, Any]:
-    """Tables of edge.toml, with the image's own places where the site says nothing."""
+def agent_settings(site: SiteConfig, enrolled: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Tables of edge.toml: what the site says, before what its enrolment gave, before the image's own places."""
+    given = {name: dict((enrolled or {}).get(name, {})) for name in ("device", "broker", "cloud")}
+    for name in DEFAULTS["device"]:
+        given["device"].pop(name, None)
     tables = {name: dict(values) if isinstance(values, dict) else values for name, values in site.agent.items()}
-    for name, values in DEFAULTS.items():
-        tables[name] = {**values, **tables.get(name, {})}
+    for name, values in given.items():
+        whole = {**DEFAULTS.get(name, {}), **values, **tables.get(name, {})}
+        if whole:
+            tables[name] = whole
     return tables
+
+
+def write_agent_settings(site: SiteConfig, root: Path) -> bool:
+    """Write edge.toml below `root`; not before a device that is to enrol has done so. Whether it is there."""
+    settings, identity = root / "etc/splitward/edge.toml", root / IDENTITY / "edge.toml"
+    if site.enrolment is not None and not identity.exists():
+        return False
+    _write(settings, format_toml(agent_settings(site, read_toml(identity) if identity.exists() else None)))
+    return True
 
 
 def apply_site(site: SiteConfig, root: Path) -> None:
@@ -107,7 +148,7 @@ def apply_site(site: SiteConfig, root: Path) -> None:
         root / "etc/hosts",
         f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n",
     )
-    _write(root / "etc/splitward/edge.toml", format_toml(agent_settings(site)))
+    write_agent_settings(site, root)
     _write(root / "run/splitward/authorized_keys", "".join(f"{key}\n" for key in site.ssh_keys))
     network = site.network
     if network.address or network.dns or network.ntp or network.wifi:
@@ -131,13 +172,13 @@ def take_imports(boot: Path, state: Path) -> list[str]:
         target = state / "import" / path.relative_to(folder)
         for parent in (state / "import", target.parent):
             parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _give_to_agent(parent)
+            give_to_agent(parent)
         partial = target.with_name(target.name + ".partial")
         with path.open("rb") as source, os.fdopen(os.open(partial, _CREATE, 0o600), "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
-        _give_to_agent(partial)
+        give_to_agent(partial)
         partial.replace(target)
         _sync_folder(target.parent)
         path.unlink()
@@ -147,7 +188,7 @@ def take_imports(boot: Path, state: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Apply the site.toml of the boot partition that is mounted at the first argument."""
-    boot, kept = Path(arguments[0]), Path("/data/site.toml")
+    boot, kept = Path(arguments[0]), KEPT
     complaint = boot / "site-error.txt"
     try:
         site = read_site(boot / "site.toml")
@@ -206,7 +247,8 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
     partial.replace(path)
 
 
-def _give_to_agent(path: Path) -> None:
+def give_to_agent(path: Path) -> None:
+    """Let the agent's user own it, where root does this."""
     if os.geteuid() == 0:
         os.chown(path, AGENT_ID, AGENT_ID)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -19,6 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from firmware_sim.arm64.user import EmulationError
 from firmware_sim.authority import Authority
 from firmware_sim.broker import find_mosquitto, free_port, secured_settings
+from splitward.config import format_toml
 from splitward.errors import WireError
 from splitward.image.debian import read_epoch
 from splitward.wire import topics
@@ -37,7 +40,7 @@ class Listener:
         self._statuses: dict[str, list[Status]] = {}
         self._results: dict[str, set[tuple[str, int]]] = {}
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, "observer", protocol=mqtt.MQTTv5)
-        self._client.tls_set(str(folder / "ca.pem"), str(folder / "observer.pem"), str(folder / "observer.key"))
+        self._client.tls_set(str(folder / "ca.pem"), str(folder / "cloud.pem"), str(folder / "cloud.key"))
         self._client.on_connect = lambda client, *_: client.subscribe(
             [(topics.every_status(), 1), (f"{topics.ROOT}/+/+/result", 1)]
         )
@@ -91,16 +94,28 @@ class Listener:
 
 
 class Stand:
-    """Broker, cloud and listener; `port` is the broker's."""
+    """Broker, cloud and listener; `port` is the broker's.
 
-    def __init__(self, folder: Path, device: str) -> None:
+    The device's certificate is brought to its card. With `trusted_key`, which verifies the bundle, the device enrols
+    instead: the cloud's own authority certifies everyone, and `token` is the device's. It needs a clock for that.
+    """
+
+    def __init__(self, folder: Path, device: str, card: Path, trusted_key: Path | None = None) -> None:
         self.folder, self.device = folder, device
         self.port, self.api_port = free_port(), free_port()
-        # A board without a clock starts at the time of the image's lock file.
-        authority = Authority(folder, since_s=read_epoch())
-        authority.issue("broker", ("127.0.0.1", GUEST_HOST))
-        for name in ("cloud", "observer", device):
-            authority.issue(name)
+        self.token = ""
+        self._write_settings(card, trusted_key)
+        if trusted_key is not None:
+            for service in ("broker", "cloud"):
+                self._certify(service)
+            (folder / "ca.pem").write_bytes((folder / "authority.pem").read_bytes())
+        else:
+            # A board without a clock starts at the time of the image's lock file.
+            authority = Authority(folder, since_s=read_epoch())
+            for name in ("broker", "cloud"):
+                authority.issue(name, ("127.0.0.1", GUEST_HOST))
+            authority.issue(device)
+        self.enrols = trusted_key is not None
         self._broker: subprocess.Popen[bytes] | None = None
         self._cloud: subprocess.Popen[bytes] | None = None
         self.listener: Listener | None = None
@@ -119,20 +134,13 @@ class Stand:
         """Kill the broker, as a power cut would."""
         _end(self._broker, kill=True)
 
-    def start_cloud(self, card: Path) -> None:
-        """Start the cloud with the server half at `card`, and wait until it is ready."""
-        tls = {
-            name: str(self.folder / file)
-            for name, file in (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))
-        }
-        lines = [f"models = {json.dumps([str(card)])}", "[broker]", f"port = {self.port}", "[broker.tls]"]
-        lines += [f"{name} = {json.dumps(path)}" for name, path in tls.items()]
-        lines += ["[api]", f"port = {self.api_port}", "[store]"]
-        lines += [f"url = {json.dumps(f'sqlite+aiosqlite:///{self.folder}/cloud.db')}"]
-        (self.folder / "cloud.toml").write_text("\n".join(lines) + "\n")
-        command = [sys.executable, "-m", "cloud", "--config", str(self.folder / "cloud.toml")]
-        self._cloud = self._spawn(command, "cloud.log")
-        _wait(lambda: _is_ready(self.api_port), "the cloud", self.folder / "cloud.log")
+    def start_cloud(self) -> None:
+        """Start the cloud, wait until it is ready, and have it make the device's token if it is to enrol."""
+        self._cloud = self._spawn([*self._command, "serve"], "cloud.log")
+        _wait(lambda: self._ask("/readyz") is not None, "the cloud", self.folder / "cloud.log")
+        if self.enrols:
+            made = self._ask("/v1/enrolment-tokens", {"site": "stand", "device": self.device})
+            self.token = json.loads(made or b"{}")["token"]
 
     def stored(self) -> set[tuple[str, int]]:
         """Boot and sequence of the device's results in the cloud's store."""
@@ -144,8 +152,11 @@ class Stand:
 
     def credentials(self) -> dict[str, Path]:
         """Files that the device's card carries in `import`."""
+        authority = {"import/ca.pem": self.folder / "ca.pem"}
+        if self.enrols:
+            return authority
         return {
-            "import/ca.pem": self.folder / "ca.pem",
+            **authority,
             "import/device.pem": self.folder / f"{self.device}.pem",
             "import/device.key": self.folder / f"{self.device}.key",
         }
@@ -157,20 +168,60 @@ class Stand:
         _end(self._cloud, kill=False)
         _end(self._broker, kill=True)
 
+    @property
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "cloud", "--config", str(self.folder / "cloud.toml")]
+
+    def _write_settings(self, card: Path, trusted_key: Path | None) -> None:
+        folder, names = self.folder, (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))
+        tls = {name: str(folder / file) for name, file in names}
+        fleet: dict[str, Any] = {"state_dir": str(folder / "fleet")}
+        if trusted_key is not None:
+            fleet |= {"trusted_key": str(trusted_key), "broker_host": GUEST_HOST, "broker_port": self.port}
+        tables = {
+            "models": [str(card)],
+            "broker": {"port": self.port, "tls": tls},
+            "api": {"port": self.api_port, "cert": tls["cert"], "key": tls["key"], "names": [GUEST_HOST]},
+            "store": {"url": f"sqlite+aiosqlite:///{folder}/cloud.db"},
+            "fleet": fleet,
+        }
+        (folder / "cloud.toml").write_text(format_toml(tables))
+
+    def _certify(self, service: str) -> None:
+        hosts = ("--host", "127.0.0.1", "--host", GUEST_HOST)
+        command = [*self._command, "certify", service, *hosts, "--out", str(self.folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EmulationError(f"no certificate for the {service}: {done.stderr.strip()}")
+
+    def _ask(self, path: str, body: dict[str, str] | None = None) -> bytes | None:
+        """What the cloud's API answers; None when it does not."""
+        request = urllib.request.Request(  # our own address
+            f"https://127.0.0.1:{self.api_port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        trust = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        try:
+            with urllib.request.urlopen(request, timeout=5, context=trust) as answer:  # noqa: S310  # likewise
+                return bytes(answer.read())
+        except OSError:
+            return None
+
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=output)
 
 
 @contextmanager
-def open_stand(folder: Path, device: str, card: Path) -> Iterator[Stand]:
-    """Stand for one device, whose server half is described at `card`, until the context ends."""
+def open_stand(folder: Path, device: str, card: Path, trusted_key: Path | None = None) -> Iterator[Stand]:
+    """Stand for one device, whose server half is described at `card`, until the context ends; see `Stand`."""
     folder.mkdir(parents=True, exist_ok=True)
-    stand = Stand(folder, device)
+    stand = Stand(folder, device, card, trusted_key)
     try:
         stand.start_broker()
         stand.listener = Listener(folder, stand.port)
-        stand.start_cloud(card)
+        stand.start_cloud()
         yield stand
     finally:
         stand.close()
@@ -200,11 +251,3 @@ def _listens(port: int) -> bool:
 
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
-            return True
-    except OSError:
-        return False

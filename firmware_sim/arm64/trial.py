@@ -25,6 +25,7 @@ from firmware_sim.arm64.stand import GUEST_HOST, Stand, open_stand
 from firmware_sim.arm64.user import EmulationError
 from firmware_sim.errors import ScenarioError
 from firmware_sim.scenario import Scenario, plan
+from splitward.config import format_toml
 
 DEVICE = "device-1"
 IMPORTS = "/var/lib/splitward/import"
@@ -128,29 +129,25 @@ def open_machine(
 
 def site_text(stand: Stand, update_port: int | None, rate_hz: float) -> str:
     """site.toml of the device that reports to `stand`."""
-    update = f'[update]\nurl = "http://{GUEST_HOST}:{update_port}"\nevery_s = 2\n' if update_port else ""
-    return f"""\
-hostname = "{stand.device}"
-{update}
-[agent.device]
-id = "{stand.device}"
-site = "stand"
-[agent.capture]
-kind = "simulator"
-path = "{IMPORTS}/frames.npz"
-rate_hz = {rate_hz}
-[agent.broker]
-host = "{GUEST_HOST}"
-port = {stand.port}
-[agent.broker.tls]
-ca = "{IMPORTS}/ca.pem"
-cert = "{IMPORTS}/device.pem"
-key = "{IMPORTS}/device.key"
-[agent.link]
-status_s = 1.0
-retry_s = 2.0
-reconnect_max_s = 2.0
-"""
+    tables: dict[str, Any] = {
+        "hostname": stand.device,
+        "agent": {
+            "capture": {"kind": "simulator", "path": f"{IMPORTS}/frames.npz", "rate_hz": rate_hz},
+            "link": {"status_s": 1.0, "retry_s": 2.0, "reconnect_max_s": 2.0},
+        },
+    }
+    if update_port is not None:
+        tables["update"] = {"url": f"http://{GUEST_HOST}:{update_port}", "every_s": 2.0}
+    if stand.enrols:
+        url = f"https://{GUEST_HOST}:{stand.api_port}"
+        tables["enrolment"] = {"url": url, "token": stand.token, "ca": f"{IMPORTS}/ca.pem"}
+        tables["enrolment"] |= {"device": stand.device, "site": "stand"}
+    else:
+        files = {"ca": "ca.pem", "cert": "device.pem", "key": "device.key"}
+        tls = {name: f"{IMPORTS}/{file}" for name, file in files.items()}
+        tables["agent"] |= {"device": {"id": stand.device, "site": "stand"}}
+        tables["agent"] |= {"broker": {"host": GUEST_HOST, "port": stand.port, "tls": tls}}
+    return format_toml(tables)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ _AGENT_GROUPS = ("video",)
 _ENABLED = {
     "multi-user.target.wants": (
         *("ssh.service", "splitward-edge.service", "splitward-checkin.service", "splitward-ssh-key.service"),
-        "splitward-update.service",
+        *("splitward-enrol.service", "splitward-update.service"),
         *("systemd-networkd.service", "rauc.service"),
     ),
     "sysinit.target.wants": ("splitward-site.service", "systemd-timesyncd.service", "systemd-resolved.service"),

@@ -21,8 +21,8 @@ FIRST_ACK_S = 400.0
 
 @pytest.fixture
 def stand(tmp_path: Path, model: Any) -> Iterator[Stand]:
-    """Broker with mutual TLS and the cloud, for one device."""
-    with open_stand(tmp_path / "stand", DEVICE, model.card) as opened:
+    """Broker with mutual TLS and the cloud, at which one device is to enrol."""
+    with open_stand(tmp_path / "stand", DEVICE, model.card, model.trusted_key) as opened:
         yield opened
 
 
@@ -49,6 +49,7 @@ def test_it_publishes_a_hundred_frames_through_power_cuts(
     assert "growing the data partition" in serial
     assert serial.count("growing the data partition") == 1
     assert "site.toml applied" in serial
+    assert serial.count(f"enrolled as {DEVICE}") == 1
     assert "Kernel panic" not in serial
 
 

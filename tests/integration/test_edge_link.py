@@ -30,6 +30,8 @@ from edge.enrolment import enroll, finish_renewal, renew
 from edge.errors import FetchError
 from edge.link import Connected, Link
 from edge.settings import load_settings
+from edge.system.enrol import enrol_device
+from edge.system.site import apply_site, read_site
 from firmware_sim.broker import Broker, Mosquitto, find_mosquitto, free_port
 from firmware_sim.proxy import FaultProxy, Toxics
 from splitward.errors import ConfigError
@@ -293,6 +295,40 @@ def test_a_device_may_not_speak_for_another(
         Link(other, events.put)
         run_agent(config, until_answered=True)
         assert set(cloud.statuses) == {"device-1"}
+
+
+def test_an_image_enrols_at_its_first_start_and_the_agent_delivers(
+    tmp_path: Path, web: HttpsCloud, secure: SecureMosquitto, tiny_bundle: Any
+) -> None:
+    """As on the card: no edge.toml before the device has enrolled, and the same one at every start after."""
+    root, site_toml = tmp_path / "root", tmp_path / "site.toml"
+    base = configure(tmp_path, secure, tiny_bundle, 20)
+    site_toml.write_text(
+        f'[enrolment]\nurl = "{web.url}"\ntoken = "{{}}"\ndevice = "device-1"\nca = "{web.authority.path}"\n'
+        f'[agent.device]\nbundle = "{tiny_bundle.path}"\ntrusted_key = "{tiny_bundle.trusted_key}"\n'
+        f'state_dir = "{tmp_path / "state"}"\nresults_file = "{tmp_path / "results.jsonl"}"\n'
+        f'[agent.capture]\npath = "{base.capture.path}"\n[agent.broker]\nport = {secure.port}\n'
+    )
+    text = site_toml.read_text()
+    site_toml.write_text(text.replace("{}", "spent"))
+    apply_site(read_site(site_toml), root)
+    settings = root / "etc/splitward/edge.toml"
+    with pytest.raises(FetchError, match="403"):
+        enrol_device(read_site(site_toml), root)
+    assert not settings.exists(), "the agent would begin without a certificate"
+    site_toml.write_text(text.replace("{}", "good"))
+    assert enrol_device(read_site(site_toml), root)
+    assert not enrol_device(read_site(site_toml), root), "the token is spent"
+    first = settings.read_text()
+    settings.unlink()  # the root forgets
+    apply_site(read_site(site_toml), root)
+    assert settings.read_text() == first
+    config = load_settings(settings, {})
+    assert config.broker.tls is not None
+    assert config.device.order_key is not None
+    assert config.cloud.url == web.url
+    with cloud_at(secure, cloud_client(web, tmp_path)):
+        assert run_agent(config, until_answered=True).results == 20
 
 
 def test_enrolment_says_why_it_is_refused(tmp_path: Path, web: HttpsCloud, capsys: Any) -> None:
