@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cloud import audit
 from cloud.access import Operator, Reader, count_stranger
 from cloud.errors import TransportError
-from cloud.export import csv_of_results
+from cloud.export import csv_of_results, parquet_of_results
 from cloud.fhir import MEDIA_TYPE, diagnostic_report
 from cloud.problem import Problem
 from cloud.record import MAX_INTEGER, Label
@@ -166,19 +167,26 @@ async def results(
     return as_json({"results": found, "next": found[-1].cursor if found else after})
 
 
-@router.get("/results/export.csv")
+@router.get("/results/export.{form}")
 async def export_results(
     parts: Parts,
     _: Reader,
+    form: Literal["csv", "parquet"],
     device: Name | None = None,
     site: Name | None = None,
     model: Annotated[str | None, Query(pattern=HEX)] = None,
     after: Annotated[int, Query(ge=0, le=MAX_INTEGER)] = 0,
 ) -> StreamingResponse:
-    """All results since `after`, a time in nanoseconds of UTC since 1970, as CSV."""
-    rows = csv_of_results(parts.store, device=device, site=site, model=model, after=str(after))
-    name = "attachment; filename=results.csv"
-    return StreamingResponse(rows, media_type="text/csv", headers={"content-disposition": name})
+    """All results since `after`, a time in nanoseconds of UTC since 1970, as one file of any length."""
+    if form == "parquet" and find_spec("pyarrow") is None:
+        raise Problem(
+            501, "no_parquet", "pyarrow is missing: install `splitward[parquet]`, or take export.csv."
+        )
+    write = {"csv": csv_of_results, "parquet": parquet_of_results}[form]
+    rows = write(parts.store, device=device, site=site, model=model, after=str(after))
+    headers = {"content-disposition": f"attachment; filename=results.{form}"}
+    kinds = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
+    return StreamingResponse(rows, media_type=kinds[form], headers=headers)
 
 
 @router.get("/results/{device}/{boot}/{sequence}/fhir")

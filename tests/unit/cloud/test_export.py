@@ -6,6 +6,7 @@ import json
 
 import pytest
 from fhir.resources.R4B.diagnosticreport import DiagnosticReport
+from pyarrow import parquet
 
 from cloud.record import Record
 from splitward.wire.control import Result
@@ -52,6 +53,31 @@ async def test_the_csv_has_every_result_once_over_many_pages(cloud, monkeypatch)
             one["result"]["scores"], rel=1e-5
         )
     assert len((await cloud.http.get("/v1/results/export.csv?device=another")).text.splitlines()) == 1
+
+
+async def test_the_parquet_file_has_every_result_once_over_many_row_groups(cloud, monkeypatch):
+    monkeypatch.setattr("cloud.export._PAGE", 2)
+    monkeypatch.setattr("cloud.export.ROW_GROUP", 1)
+    for sequence in range(5):
+        await cloud.send(cloud.activation(sequence))
+    answer = await cloud.http.get("/v1/results/export.parquet")
+    file = parquet.ParquetFile(io.BytesIO(answer.content))
+    assert file.num_row_groups == 3
+    table = file.read()
+    times = table.column("stored_at").cast("int64").to_pylist()
+    rows = table.drop_columns(["captured_at", "received_at", "stored_at"]).to_pylist()
+    stored = (await cloud.http.get("/v1/results?after=0")).json()["results"]
+    assert times == [one["result"]["stored_at_ns"] for one in stored]
+    for row, one in zip(rows, stored, strict=True):
+        result = one["result"]
+        assert row["sequence"] == result["sequence"]
+        assert row["scores"] == pytest.approx(result["scores"], rel=1e-6)
+        assert {name: row[name] for name in result["streams"]} == result["streams"]
+    empty = await cloud.http.get("/v1/results/export.parquet?device=another")
+    assert parquet.read_table(io.BytesIO(empty.content)).num_rows == 0
+    monkeypatch.setattr("cloud.api.find_spec", lambda _name: None)
+    refused = await cloud.http.get("/v1/results/export.parquet")
+    assert (refused.status_code, refused.json()["reason"]) == (501, "no_parquet")
 
 
 def test_no_spreadsheet_takes_a_name_for_a_formula():
