@@ -189,11 +189,21 @@ class ServerHalf(nn.Module):
         The attacked and the recovered stream read detached activations: in training, only the fused stream's
         gradient passes the cut (section IV).
         """
+        return self.decide(*self.features(released))
+
+    def features(self, released: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What enters the last layer of each stream: attacked, recovered, fused, [B, F] each."""
         u = released
         if self.expand is not None:
             u = self.expand(released).view(-1, *self.settings.server_shape)
         v = self.recovery(u)
-        logits = (self.attacked(u.detach()), self.recovered(v.detach()), self.fused(self.fusion(u, v)))
+        streams = ((self.attacked, u.detach()), (self.recovered, v.detach()), (self.fused, self.fusion(u, v)))
+        attacked, recovered, fused = (stream[:-1](entering) for stream, entering in streams)
+        return attacked, recovered, fused
+
+    def decide(self, attacked: Tensor, recovered: Tensor, fused: Tensor) -> StreamOutputs:
+        """Logits and decision by the last layers, from `features`."""
+        logits = (self.attacked[-1](attacked), self.recovered[-1](recovered), self.fused[-1](fused))
         scores = torch.stack([stream.softmax(1) for stream in logits], dim=1)
         return StreamOutputs(*logits, decision_fusion(scores, self.get_buffer("weights")))
 

@@ -67,6 +67,16 @@ class GradientGuard:
         """Mean over the last batches; 1 before there is any."""
         return float(np.mean(self._recent)) if self._recent else 1.0
 
+    @property
+    def recent(self) -> list[float]:
+        """What the last batches gave, oldest first."""
+        return list(self._recent)
+
+    def resume(self, recent: list[float], batches: int) -> None:
+        """Go on where another guard was."""
+        self._recent.extend(recent)
+        self.batches = batches
+
     def observe(self, gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> None:
         """Judge the gradient of one batch, before it is applied.
 

@@ -10,6 +10,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,23 @@ _SCALES = (2.0**-149, (2 - 2.0**-23) * 2.0**127)
 """Least and greatest positive float32."""
 _FIXED = struct.Struct("<4sBBHBBBB16sQQ16sfiI")
 _CRC = struct.Struct("<I")
+
+
+class Blocks(Protocol):
+    """What another kind of message adds to the format of kind 1."""
+
+    @property
+    def codecs(self) -> tuple[int, ...]:
+        """Codecs beside the raw one."""
+
+    def length(self, message: bytes, at: int, end: int) -> int:
+        """Bytes of the block at `at`; `MessageError` (`bad_header`) where it does not end before `end`."""
+
+    def stored(self, count: int, dtype: np.dtype[np.generic], codec: int) -> int:
+        """Bytes of `count` values."""
+
+    def unpack(self, payload: bytes, count: int) -> NDArray[np.generic]:
+        """Values of a payload that is not stored as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +92,12 @@ def encode(activation: Activation) -> bytes:
         A field is outside the format: `bad_dtype`, `bad_shape`, `oversize`, `not_finite`, `bad_device`,
         `bad_identifier`, `out_of_range` or `bad_quantisation`.
     """
+    check(activation)
+    return assemble(activation, KIND_ACTIVATION, CODEC_RAW, b"", activation.values.tobytes())
+
+
+def check(activation: Activation) -> None:
+    """Refuse what a reader would refuse; raises as `encode`."""
     values = activation.values
     code = DTYPE_CODES.get(values.dtype)
     if code is None:
@@ -88,16 +112,19 @@ def encode(activation: Activation) -> bytes:
     if not all(0 <= number < 1 << 64 for number in (activation.sequence, activation.captured_at_ns)):
         raise MessageError("out_of_range", "sequence and capture time are unsigned integers of 64 bits.")
     _check_quantisation(activation.scale, activation.zero_point)
-    device = activation.device.encode("ascii")
-    payload = values.tobytes()
+
+
+def assemble(activation: Activation, kind: int, codec: int, block: bytes, payload: bytes) -> bytes:
+    """Message of a checked activation, with `block` between the device id and the payload."""
+    device, values = activation.device.encode("ascii"), activation.values
     header = (
         _FIXED.pack(
             MAGIC,
             VERSION,
-            KIND_ACTIVATION,
-            _FIXED.size + 4 * values.ndim + 1 + len(device),
-            CODEC_RAW,
-            code,
+            kind,
+            _FIXED.size + 4 * values.ndim + 1 + len(device) + len(block),
+            codec,
+            DTYPE_CODES[values.dtype],
             values.ndim,
             0,
             activation.boot,
@@ -111,6 +138,7 @@ def encode(activation: Activation) -> bytes:
         + struct.pack(f"<{values.ndim}I", *values.shape)
         + bytes((len(device),))
         + device
+        + block
     )
     body = header + payload
     return body + _CRC.pack(zlib.crc32(body))
@@ -124,6 +152,17 @@ def decode(message: bytes) -> Activation:
     MessageError
         Anything is not as docs/wire.md says; `.reason` names the rule.
     """
+    return disassemble(message, KIND_ACTIVATION)[0]
+
+
+def disassemble(message: bytes, wanted: int, blocks: Blocks | None = None) -> tuple[Activation, bytes]:
+    """Activation and block of a message of kind `wanted`; raises as `decode`.
+
+    Parameters
+    ----------
+    blocks : Blocks, optional
+        What this kind adds; kind 1 has no block, and its values are stored as they are.
+    """
     if len(message) < _FIXED.size + _CRC.size:
         raise MessageError("truncated", f"{len(message)} bytes are shorter than a header.")
     if message[:4] != MAGIC:
@@ -135,7 +174,7 @@ def decode(message: bytes) -> Activation:
      zero_point, payload_bytes) = _FIXED.unpack_from(message)  # fmt: skip
     if version != VERSION:
         raise MessageError("bad_version", f"version {version}; this end speaks {VERSION}.")
-    if kind != KIND_ACTIVATION or codec != CODEC_RAW or flags != 0:
+    if kind != wanted or codec not in (CODEC_RAW, *(blocks.codecs if blocks else ())) or flags != 0:
         raise MessageError("bad_code", f"kind {kind}, codec {codec}, flags {flags} are not known here.")
     dtype = DTYPES.get(code)
     if dtype is None:
@@ -143,22 +182,30 @@ def decode(message: bytes) -> Activation:
     if not 1 <= ndim <= MAX_DIMENSIONS:
         raise MessageError("bad_shape", f"{ndim} dimensions; 1 to {MAX_DIMENSIONS} are allowed.")
     names_at = _FIXED.size + 4 * ndim
-    if names_at >= end or header_bytes != names_at + 1 + message[names_at]:
+    block_at = names_at + 1 + message[names_at] if names_at < end else end
+    block_bytes = 0 if blocks is None else blocks.length(message, block_at, end)
+    if names_at >= end or header_bytes != block_at + block_bytes:
         raise MessageError("bad_header", f"header length {header_bytes} disagrees with its own fields.")
     if header_bytes + payload_bytes != end:
         raise MessageError("bad_length", f"payload of {payload_bytes} bytes does not fill the message.")
     shape = struct.unpack_from(f"<{ndim}I", message, _FIXED.size)
     count = _check_shape(shape)
-    if count * dtype.itemsize != payload_bytes:
+    stored = count * dtype.itemsize if blocks is None else blocks.stored(count, dtype, codec)
+    if stored != payload_bytes:
         raise MessageError("bad_shape", f"shape {shape} of {dtype} does not fill {payload_bytes} bytes.")
-    device = message[names_at + 1 : header_bytes].decode("ascii", errors="replace")
+    device = message[names_at + 1 : block_at].decode("ascii", errors="replace")
     if not NAME.fullmatch(device):
         raise MessageError("bad_device", f"device id {device!r} must match {NAME.pattern}.")
     _check_quantisation(scale, zero_point)
-    values = np.frombuffer(message, dtype, count, header_bytes).reshape(shape)
+    if codec == CODEC_RAW:
+        values: NDArray[np.generic] = np.frombuffer(message, dtype, count, header_bytes).reshape(shape)
+    else:
+        assert blocks is not None  # noqa: S101  # kind 1 knows no other codec
+        values = blocks.unpack(message[header_bytes:end], count).reshape(shape)
     if code == 0 and not np.isfinite(values).all():
         raise MessageError("not_finite", "the activation holds NaN or infinity.")
-    return Activation(device, boot, sequence, captured_at_ns, model, values, scale, zero_point)
+    activation = Activation(device, boot, sequence, captured_at_ns, model, values, scale, zero_point)
+    return activation, message[block_at:header_bytes]
 
 
 def _check_shape(shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""MQTT topics `splitward/v1/{site}/{device}/{activation|result|status|command|bundle|outcome}`, one function each."""
+"""MQTT topics `splitward/v1/{site}/{device}/{kind}`, one function for each kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from splitward.errors import WireError
 from splitward.wire.names import NAME
 
 ROOT = "splitward/v1"
-KINDS = ("activation", "result", "status", "command", "bundle", "outcome")
+KINDS = ("activation", "result", "status", "command", "bundle", "outcome", "train", "step")
 
 
 def activation(site: str, device: str) -> str:
@@ -37,6 +37,21 @@ def bundle(site: str, device: str) -> str:
 def outcome(site: str, device: str) -> str:
     """Device to cloud: what became of a command or of an announced bundle."""
     return f"{ROOT}/{site}/{device}/outcome"
+
+
+def train(site: str, device: str) -> str:
+    """Device to cloud: what a client of a training asks."""
+    return f"{ROOT}/{site}/{device}/train"
+
+
+def step(site: str, device: str) -> str:
+    """Cloud to device: what a training answers."""
+    return f"{ROOT}/{site}/{device}/step"
+
+
+def every_train() -> str:
+    """Filter for what every client of a training asks."""
+    return f"{ROOT}/+/+/train"
 
 
 def every_activation(group: str) -> str:

@@ -6,20 +6,28 @@ parameter alone, so two optimisers give the bits of one.
 
 While the gradient is on its way, the client trains its local classifier and attacks the next batch with it: neither
 needs the gradient, so the order changes no bit.
+
+Where the labels stay at the client (U-shaped), the last layer of each stream lives there too, and a step is two
+exchanges: the server half answers with what enters these layers, the client computes the loss and sends the gradient of
+that, and the server half answers with the gradient at the cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitward.data import Split
+from splitward.method.halves import ServerHalf
 from splitward.method.split import SplitNetwork
 from splitward.training.loop import client_loss, frames_of, one_cycle, server_loss, shifted, to_unit
 from splitward.training.settings import RunSettings
+
+STREAMS = ("attacked", "recovered", "fused")
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,13 @@ class Exchange:
     Attributes
     ----------
     step : int
-        Number of the step, from 0, without gaps.
+        Number of the step, from 0.
     at : float
         Fraction of the training that is done, on which the learning rate depends.
     released : Tensor, [B, *release_shape]
         float32, in real units.
     labels : Tensor, int64 [B]
+        Empty where they stay at the client.
     """
 
     step: int
@@ -43,25 +52,99 @@ class Exchange:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The server half's answer to a step: gradient at the released tensor, mean loss, frames decided right."""
+
+    gradient: Tensor
+    loss: float
+    right: int
+
+
+class Schedule:
+    """Which fraction of a training each step of a client stands at, as the loop on one machine counts.
+
+    Parameters
+    ----------
+    settings : RunSettings
+    frames : int
+        Training images of the client.
+    """
+
+    def __init__(self, settings: RunSettings, frames: int) -> None:
+        self._epochs = settings.epochs
+        self._batches = -(-frames // settings.batch)
+        self.per_epoch = self._batches - (frames % settings.batch == 1)
+        """Steps of an epoch. A last batch of one frame is left out: batch normalisation needs two."""
+        self.steps = settings.epochs * self.per_epoch
+
+    def at(self, step: int) -> float:
+        """Fraction of the training before a step."""
+        epoch, index = divmod(step, self.per_epoch)
+        return (epoch * self._batches + index) / (self._epochs * self._batches)
+
+
+class StepServer(Protocol):
+    """Who answers the steps of a training: the honest server half, or one under trial."""
+
+    def take(self, sent: Exchange) -> Taken:
+        """Gradient of the server's loss at the released tensor, after one step of the server half."""
+
+
 class ServerTrainer:
-    """The server half, its optimiser, and the number of steps that it took: `steps_done`."""
+    """The server half and its optimiser; without the last layers where `tails` are at the client."""
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, *, tails: bool = True) -> None:
         self._settings = settings
-        self.modules: dict[str, nn.Module] = {"server": SplitNetwork(settings.split).server.train()}
-        self.optimisers = {"server": make_optimiser(self.modules["server"], settings)}
-        self.steps_done = 0
+        half = SplitNetwork(settings.split).server.train()
+        assert isinstance(half, ServerHalf)  # noqa: S101  # a plan has no other
+        self.half = half
+        if not tails:
+            for name in STREAMS:
+                stream: nn.Sequential = getattr(half, name)
+                stream[-1] = nn.Identity()
+        self.modules: dict[str, nn.Module] = {"server": half}
+        self.optimisers = {"server": make_optimiser(half, settings)}
+        self._sent: tuple[Exchange, Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def take(self, sent: Exchange) -> Tensor:
+    @property
+    def awaiting(self) -> tuple[int, ...]:
+        """Shape of the gradient that `back` has to be given."""
+        if self._sent is None:
+            return ()
+        first = self._sent[2][0]
+        return (len(first), len(STREAMS), *first.shape[1:])
+
+    def take(self, sent: Exchange) -> Taken:
         """Gradient of the server's loss at the released tensor, after one step of the server half."""
         released = sent.released.detach().requires_grad_()
-        loss = server_loss(self.modules["server"](released), sent.labels)
+        outputs = self.half(released)
+        loss = server_loss(outputs, sent.labels)
+        gradient = self._step(sent, released, [loss], [None])
+        return Taken(gradient, loss.item(), int((outputs.decision.argmax(1) == sent.labels).sum()))
+
+    def features(self, sent: Exchange) -> Tensor:
+        """What enters the last layers, [B, 3, F]; `back` must follow before another step."""
+        released = sent.released.detach().requires_grad_()
+        features = self.half.features(released)
+        self._sent = sent, released, features
+        return torch.stack(features, dim=1).detach()
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Gradient at the released tensor, from that of the features [B, 3, F], after one step of the server half."""
+        assert self._sent is not None  # noqa: S101  # the protocol's order
+        sent, released, features = self._sent
+        self._sent = None
+        return self._step(sent, released, list(features), list(gradient.unbind(1)))
+
+    def _step(
+        self, sent: Exchange, released: Tensor, roots: list[Tensor], gradients: list[Tensor | None]
+    ) -> Tensor:
         optimiser = self.optimisers["server"]
         set_rate(optimiser, self._settings, sent.at)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.autograd.backward(roots, gradients)
         optimiser.step()
-        self.steps_done = sent.step + 1
         assert released.grad is not None  # noqa: S101  # the fused stream reads it
         return released.grad
 
@@ -69,44 +152,62 @@ class ServerTrainer:
 class ClientTrainer:
     """The client half with its local classifier, on its own images.
 
-    `begin` and `end` alternate. What is drawn at random comes from torch's own generator, whose state before the batch
-    that is next stands in `random_state`.
+    `begin` and `end` alternate, with `meanwhile` between them. What is drawn at random comes from torch's own
+    generator, whose state before the batch that is next stands in `random_state`.
+
+    Parameters
+    ----------
+    settings : RunSettings
+    split : Split
+        The client's own training images.
+    tails : bool
+        Whether the last layers live here, and the labels stay.
     """
 
-    def __init__(self, settings: RunSettings, split: Split) -> None:
+    def __init__(self, settings: RunSettings, split: Split, *, tails: bool = False) -> None:
         self._settings = settings
-        self._network = SplitNetwork(settings.split).train()
-        self._network.server = nn.Identity()
-        local = self._network.saliency.classifier if self._network.saliency is not None else None
-        self.modules: dict[str, nn.Module] = {"client": self._network.client}
-        if self._network.adversary is not None:
-            self.modules["adversary"] = self._network.adversary
+        self.network = SplitNetwork(settings.split).train()
+        server = self.network.server
+        self.network.server = nn.Identity()
+        local = self.network.saliency.classifier if self.network.saliency is not None else None
+        self.modules: dict[str, nn.Module] = {"client": self.network.client}
+        if self.network.adversary is not None:
+            self.modules["adversary"] = self.network.adversary
         if local is not None:
             self.modules["local"] = local
+        self.tails: dict[str, nn.Module] = {}
+        if tails:
+            self.tails = {name: getattr(server, name)[-1] for name in STREAMS}
+            self.modules["tails"] = nn.ModuleDict(self.tails)
         self.optimisers = {name: make_optimiser(module, settings) for name, module in self.modules.items()}
         self._images, self._labels = frames_of(split), torch.from_numpy(split.labels)
-        self._batches = -(-len(self._labels) // settings.batch)
-        # A last batch of one frame is left out: batch normalisation needs two.
-        self._whole = self._batches - (len(self._labels) % settings.batch == 1)
-        self.steps = settings.epochs * self._whole
+        self.schedule = Schedule(settings, len(split))
         self.steps_done = 0
         self.random_state = torch.get_rng_state()
-        self._ready: tuple[Tensor, Tensor, Tensor] | None = None
+        self._ready: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def finished(self) -> bool:
         """Whether every step was taken."""
-        return self.steps_done >= self.steps
+        return self.steps_done >= self.schedule.steps
+
+    @property
+    def wanted(self) -> Tensor:
+        """Labels of the step that is under way."""
+        return self._wanted
 
     def begin(self) -> Exchange:
         """The released tensor of the step that is next."""
-        frames, attacked, labels = self._ready or self._prepare(self.steps_done)
-        self._activation = self._network.client(attacked)
-        self._released = self._network.release(self._activation).contiguous()
+        step = self.steps_done
+        if self._ready is None or self._ready[0] != step:
+            torch.set_rng_state(self.random_state)
+            self._ready = step, self._prepare(step)
+        frames, attacked, labels = self._ready[1]
+        self._activation = self.network.client(attacked)
+        self._released = self.network.release(self._activation).contiguous()
         self._frames, self._wanted = frames, labels
-        epoch, index = divmod(self.steps_done, self._whole)
-        self._at = (epoch * self._batches + index) / (self._settings.epochs * self._batches)
-        return Exchange(self.steps_done, self._at, self._released.detach(), labels)
+        self._at = self.schedule.at(step)
+        return Exchange(step, self._at, self._released.detach(), labels)
 
     def meanwhile(self) -> None:
         """What needs no gradient from the server: the local classifier's step, and the next batch's map."""
@@ -118,12 +219,25 @@ class ClientTrainer:
             optimiser.step()
         self.random_state = torch.get_rng_state()
         following = self.steps_done + 1
-        self._ready = self._prepare(following) if following < self.steps else None
+        self._ready = (following, self._prepare(following)) if following < self.schedule.steps else None
+
+    def answer(self, features: Tensor) -> tuple[Tensor, float]:
+        """Gradient at the features [B, 3, F] and the mean loss, after one step of the last layers."""
+        entering = features.detach().requires_grad_()
+        logits = [self.tails[name](part) for name, part in zip(STREAMS, entering.unbind(1), strict=True)]
+        loss = sum((F.cross_entropy(one, self._wanted) for one in logits), torch.zeros(()))
+        optimiser = self.optimisers["tails"]
+        set_rate(optimiser, self._settings, self._at)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimiser.step()
+        assert entering.grad is not None  # noqa: S101  # the loss depends on it
+        return entering.grad, loss.item()
 
     def end(self, gradient: Tensor) -> None:
         """Take the step with the server's gradient at the released tensor."""
-        own = client_loss(self._network, self._activation, self._released, None, self._frames, self._wanted)
-        names = [name for name in self.optimisers if name != "local"]
+        own = client_loss(self.network, self._activation, self._released, None, self._frames, self._wanted)
+        names = [name for name in self.optimisers if name not in ("local", "tails")]
         for name in names:
             set_rate(self.optimisers[name], self._settings, self._at)
             self.optimisers[name].zero_grad()
@@ -133,14 +247,18 @@ class ClientTrainer:
             self.optimisers[name].step()
         self.steps_done += 1
 
+    def forget_ready(self) -> None:
+        """Prepare the next batch anew: other weights than those that attacked it are in place."""
+        self._ready = None
+
     def _prepare(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Frames, attacked frames and labels of a step, in the loop's order."""
-        epoch, index = divmod(step, self._whole)
+        epoch, index = divmod(step, self.schedule.per_epoch)
         generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._labels), generator=generator)
         rows = order[index * self._settings.batch : (index + 1) * self._settings.batch]
         frames = shifted(to_unit(self._images[rows]), self._settings.shift)
-        return frames, self._network.attack(frames), self._labels[rows]
+        return frames, self.network.attack(frames), self._labels[rows]
 
 
 def make_optimiser(module: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:

@@ -1,21 +1,35 @@
-"""The halves apart give the bits of the loop in one process, whatever is killed on the way."""
+"""The halves apart give the bits of the loop in one process, whatever is killed on the way; and several sites."""
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from safetensors.torch import load_file
 from torch import Tensor
 
-from splitward.data import Dataset, phantom
+from splitward.data import Dataset, Split, phantom
+from splitward.data.partition import partition
 from splitward.errors import TrainingError
-from splitward.training.loop import reproducible, train
-from splitward.training.remote.durable import DurableClient, DurableServer, pack, unpack
+from splitward.training.loop import train
+from splitward.training.remote.client import Client
+from splitward.training.remote.envelope import open_envelope, seal
 from splitward.training.remote.journal import Journal
+from splitward.training.remote.plan import Plan
+from splitward.training.remote.precision import Feedback, store
+from splitward.training.remote.privacy import clip_rows, epsilon
+from splitward.training.remote.server import Server
+from splitward.training.remote.state import state_of
+from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
+from splitward.wire.training import Phase, decode_training, encode_training
 
 
 @pytest.fixture(scope="module")
@@ -32,70 +46,235 @@ def settings_for(dataset: Dataset, profile: str) -> RunSettings:
     )
 
 
-def weights_of(client: DurableClient, server: DurableServer) -> dict[str, Tensor]:
-    found = {f"server.{name}": tensor for name, tensor in server.trainer.modules["server"].state_dict().items()}
-    for name, module in client.trainer.modules.items():
+TRAINING = bytes(range(16))
+
+
+def open_client(dataset: Dataset, settings: RunSettings, folder: Path | None = None, **more: Any) -> Client:
+    more = {"guard": None, "repeatable": True, "every": 4} | more
+    train_split = more.pop("train", dataset.train)
+    name = more.pop("name", "site-0")
+    return Client(name, TRAINING, train_split, settings.split, folder=folder, **more)
+
+
+def weights_of(client: Client) -> dict[str, Tensor]:
+    assert client.server_half is not None
+    found = {f"server.{name}": tensor for name, tensor in client.server_half.items()}
+    for name, module in client._active.modules.items():
+        if name == "tails":
+            for stream, layer in client._active.tails.items():
+                found |= {f"server.{stream}.3.{key}": tensor for key, tensor in layer.state_dict().items()}
+            continue
         prefix = "saliency.classifier" if name == "local" else name
         found |= {f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()}
     return found
 
 
+def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+    # The ranks of the streams are set by the accuracies on validation data, after the training.
+    return [name for name in wanted if name != "server.weights" and not torch.equal(found[name], wanted[name])]
+
+
+@pytest.mark.parametrize("labels", ["cloud", "client"])
 @pytest.mark.parametrize("profile", ["none", "psgl", "sealed", "ressfl"])
-def test_halves_apart_end_with_the_bits_of_one_process(dataset, tmp_path, profile):
+def test_halves_apart_end_with_the_bits_of_one_process(dataset, tmp_path, profile, labels):
+    """Either side is killed again and again, before and after its answer; the others' messages are lost."""
     settings = settings_for(dataset, profile)
     wanted = load_file(train(dataset, settings, tmp_path / "run", progress=False).weights)
-    chance, kills = random.Random(1), 0
-    with reproducible(settings.seed):
+    plan, chance, kills = Plan(settings, labels=labels), random.Random(1), 0
 
-        def open_client() -> DurableClient:
-            return DurableClient(settings, dataset.train, tmp_path / "client", every=4)
+    def open_server() -> Server:
+        return Server(plan, TRAINING, tmp_path / "server", every=3)
 
-        def open_server() -> DurableServer:
-            return DurableServer(settings, tmp_path / "server", every=3)
-
-        server, client = open_server(), open_client()
-        while not client.trainer.finished:
-            message = client.begin()
-            state = torch.get_rng_state()  # the server is another process
-            reply = server.handle(message)
-            if chance.random() < 0.3:  # the answer, or the server with it, is lost
-                server.close()
-                server, kills = open_server(), kills + 1
-                assert server.handle(message) == reply, "the same step is answered, and not taken again"
-            torch.set_rng_state(state)
-            client.meanwhile()
-            if chance.random() < 0.3:  # the client dies with the answer in hand, before it is noted
-                client.close()
-                client, kills = open_client(), kills + 1
-                assert client.begin() == message
-                client.meanwhile()
-            client.end(reply)
-            if chance.random() < 0.2:
-                client.close()
-                client, kills = open_client(), kills + 1
-        assert kills >= 5
-        assert server.trainer.steps_done == client.trainer.steps_done == 2 * (len(dataset.train) // 3)
-        found = weights_of(client, server)
-    ranked = {"server.weights"}  # set by the accuracies on validation data, after the training
+    server, client = open_server(), open_client(dataset, settings, tmp_path / "client")
+    while client.request is not None:
+        request = client.request
+        replies = server.handle(client.device, request)
+        if chance.random() < 0.2:  # the answer, or the server with it, is lost
+            server.close()
+            server, kills = open_server(), kills + 1
+            assert server.handle(client.device, request) == replies, (
+                "the same request has the same answer, once"
+            )
+        client.meanwhile()
+        if chance.random() < 0.2:  # the client dies with the answer in hand, before it is noted
+            client.close()
+            client, kills = open_client(dataset, settings, tmp_path / "client"), kills + 1
+            assert client.request == request
+        for _, reply in replies:
+            assert client.take(reply)
+            assert not client.take(reply), "an answer that comes twice is taken once"
+        if chance.random() < 0.1:
+            client.close()
+            client, kills = open_client(dataset, settings, tmp_path / "client"), kills + 1
+    assert kills >= 5
+    (member,) = server.session.members.values()
+    assert member.steps == client._active.steps_done == 2 * (len(dataset.train) // 3)
+    assert server.finished
+    found = weights_of(client)
     assert found.keys() == wanted.keys()
-    assert [name for name in wanted if name not in ranked and not torch.equal(found[name], wanted[name])] == []
+    assert differing(found, wanted) == []
 
 
-def test_another_trainings_step_is_refused(dataset, tmp_path):
+def test_another_trainings_message_and_a_lost_folder_are_refused(dataset, tmp_path):
     settings = settings_for(dataset, "none")
-    with reproducible(settings.seed):
-        server = DurableServer(settings, tmp_path / "server")
-        client = DurableClient(settings, dataset.train, tmp_path / "client")
-        for _ in range(3):
-            message = client.begin()
-            reply = server.handle(message)
-            client.meanwhile()
-            client.end(reply)
-        with pytest.raises(TrainingError, match="step 4: the server is at step 3"):
-            server.handle(pack(replace(unpack(message), step=4)))  # its journal lost a step that the client has
-        fresh = DurableClient(settings, dataset.train, tmp_path / "other")
-        with pytest.raises(TrainingError, match="step 0: the server is at step 3"):
-            server.handle(fresh.begin())
+    server, client = Server(Plan(settings), TRAINING), open_client(dataset, settings)
+    for _ in range(4):
+        ((_, reply),) = server.handle(client.device, client.request or b"")
+        client.take(reply)
+    message = decode_training(client.request or b"")
+    assert server.handle(client.device, encode_training(replace(message, training=bytes(16)))) == []
+    assert server.handle("another", client.request or b"") == []
+    for wrong, words in (
+        ({"sequence": message.sequence + 1}, "lost its folder"),
+        ({"plan": bytes(16)}, "not this training's"),
+        ({"labels": message.labels[:1]}, "do not fit the plan"),
+        ({"labels": np.full_like(message.labels, 99)}, "label 99"),
+    ):
+        ((_, refusal),) = server.handle(client.device, encode_training(replace(message, **wrong)))
+        assert decode_training(refusal).phase is Phase.REFUSED
+        assert words in decode_training(refusal).values.tobytes().decode()
+    fresh = open_client(dataset, settings)
+    ((_, refusal),) = server.handle(fresh.device, fresh.request or b"")
+    with pytest.raises(TrainingError, match="joined already"):
+        fresh.take(refusal)
+    ((_, reply),) = server.handle(client.device, client.request or b"")  # and the training goes on
+    assert client.take(reply)
+
+
+def test_a_site_takes_part_only_in_what_it_agreed_to(dataset):
+    settings = settings_for(dataset, "sealed")
+    server = Server(Plan(settings), TRAINING)
+    client = Client("site-0", TRAINING, dataset.train, split_settings(dataset, "none"), guard=None)
+    ((_, reply),) = server.handle(client.device, client.request or b"")
+    with pytest.raises(TrainingError, match="another network or defence"):
+        client.take(reply)
+
+
+@pytest.fixture(scope="module")
+def sites() -> tuple[Dataset, list[Split]]:
+    whole = phantom.load("mass", 28, seed=0, count=240)
+    return whole, partition(whole.train, 3, least=16)
+
+
+@pytest.mark.parametrize("arrangement", ["turn", "splitfed-v1", "splitfed-v2"])
+def test_sites_end_with_one_client_half_that_the_cloud_cannot_read(sites, arrangement):
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "sealed"), batch=8)
+    server = Server(Plan(settings, arrangement, len(parts), rounds=2), TRAINING)
+    clients = [
+        open_client(dataset, settings, train=part, name=f"site-{number}") for number, part in enumerate(parts)
+    ]
+    carried: list[bytes] = []
+    real = server.handle
+    server.handle = lambda device, payload: (carried.append(payload), real(device, payload))[1]  # type: ignore[method-assign]
+    run_together(server, clients)
+    first, *others = [state_of(client._active, optimisers=False) for client in clients]
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    taken = {client.device: client._active.steps_done for client in clients}
+    assert taken == {client.device: client._active.schedule.steps for client in clients}
+    halves = [message for message in map(decode_training, carried) if message.phase is Phase.HALF]
+    assert sum(half.step == 0 for half in halves) == 6
+    weights = next(iter(first.values())).numpy().tobytes()
+    assert all(weights[:64] not in half.values.tobytes() for half in halves)
+    assert all(b"client/module" not in half.values.tobytes() for half in halves)
+
+
+def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites):
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "none"), batch=8)
+    server = Server(Plan(settings, "splitfed-v2", 3, rounds=2), TRAINING)
+    clients = {
+        f"site-{n}": open_client(dataset, settings, train=part, name=f"site-{n}")
+        for n, part in enumerate(parts)
+    }
+    silent, heard, pending = "site-2", 0, deque((name, client.request) for name, client in clients.items())
+    kept: bytes | None = None
+    while pending:
+        name, request = pending.popleft()
+        if request is None:
+            continue
+        if name == silent and kept is None and decode_training(request).phase is Phase.STEP:
+            heard += 1
+            if heard == 3:
+                kept = request  # it goes silent in the middle of its round
+                continue
+        for to, reply in server.handle(name, request):
+            if clients[to].take(reply):
+                pending.append((to, clients[to].request))
+        if not pending and kept is not None and clients[silent].request == kept:
+            assert server.awaited() == {silent}
+            for to, reply in server.drop(silent):
+                clients[to].take(reply)
+                pending.append((to, clients[to].request))
+            pending.append((silent, kept))
+    assert server.finished
+    assert clients[silent].place.skipped == 1
+    assert server.session.members[silent].superseded == 1
+    first, *others = [state_of(client._active, optimisers=False) for client in clients.values()]
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_coarse_messages_are_small_and_train(dataset, precision):
+    settings = settings_for(dataset, "sealed")
+    sizes = {}
+    for one in ("float32", precision):
+        server = Server(Plan(settings, precision=one), TRAINING)
+        client = open_client(dataset, settings)
+        sent: list[int] = []
+        while client.request is not None:
+            for _, reply in server.handle(client.device, client.request):
+                if decode_training(reply).phase is Phase.STEP:
+                    sent.append(decode_training(reply).values.nbytes if one != "int4" else len(reply))
+                client.take(reply)
+        sizes[one] = sum(sent)
+        assert client.place.metrics[-1]["accuracy"] > 0.3
+    if precision == "int8":
+        assert sizes["float32"] == 4 * sizes["int8"]
+
+
+def test_error_feedback_makes_up_for_what_rounding_kept():
+    feedback, draw = Feedback(), torch.Generator().manual_seed(0)
+    true = torch.zeros(4)
+    told = torch.zeros(4)
+    plain = torch.zeros(4)
+    for _ in range(200):
+        batch = torch.randn(8, 4, generator=draw) + torch.tensor([0.02, -0.01, 0.03, 0.0])
+        true += batch.mean(0)
+        told += feedback.store(batch, "int4").real().mean(0)
+        plain += store(batch, "int4").real().mean(0)
+    assert (told - true).abs().max() < 0.5 * (plain - true).abs().max()
+
+
+def test_clipping_bounds_each_frame_and_noise_has_its_price():
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    clipped = clip_rows(gradient / 6, 0.5) * 6
+    assert (clipped.norm(dim=1) <= 0.5 + 1e-6).all()
+    small = gradient / gradient.norm(dim=1, keepdim=True) * 0.1 / 6
+    assert torch.equal(clip_rows(small, 0.5), small)
+    # One release with multiplier 1: epsilon 4.9 at 1e-5 by the Gaussian mechanism's Renyi bound.
+    assert epsilon(2.0, 1) == pytest.approx(4.9, abs=0.3)
+    assert epsilon(2.0, 4) > 1.8 * epsilon(2.0, 1)
+    assert epsilon(0.0, 1) == float("inf")
+
+
+def test_a_half_is_for_the_members_and_from_the_one_who_says_so():
+    ours, theirs, stranger = (X25519PrivateKey.generate() for _ in range(3))
+    public = lambda key: key.public_key().public_bytes_raw()  # noqa: E731  # three words
+    sealed = seal(b"weights", ours, {"a": public(ours), "b": public(theirs)}, b"round 1")
+    assert open_envelope(sealed, theirs, "b", public(ours), b"round 1") == b"weights"
+    for key, name, sender, about in (
+        (stranger, "b", public(ours), b"round 1"),
+        (theirs, "a", public(ours), b"round 1"),
+        (theirs, "b", public(stranger), b"round 1"),
+        (theirs, "b", public(ours), b"round 2"),
+    ):
+        with pytest.raises(TrainingError, match="fingerprints"):
+            open_envelope(sealed, key, name, sender, about)
+    with pytest.raises(TrainingError):
+        open_envelope(sealed[:-1] + b"x", theirs, "b", public(ours), b"round 1")
 
 
 def test_a_message_that_was_cut_off_is_not_there(tmp_path):

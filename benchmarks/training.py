@@ -1,0 +1,201 @@
+"""Training across sites beside pooled training, to docs/results/training.json. A finished cell is not run again.
+
+`python -m benchmarks.training --data FOLDER [--only pneumoniamnist]`, where FOLDER holds pneumoniamnist.npz. All sites
+run in one process, through the very state machines and messages that cross a network. Batch and rounds of a site were
+set before the first run; test data is looked at once for each cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitward.data import Dataset, open_dataset
+from splitward.data.partition import partition
+from splitward.method.fusion import rank_weights
+from splitward.method.split import SplitNetwork
+from splitward.training.loop import evaluate, reproducible
+from splitward.training.remote.client import Client
+from splitward.training.remote.plan import Arrangement, Plan, Precision
+from splitward.training.remote.server import Replies, Server
+from splitward.training.remote.together import run_together
+from splitward.training.settings import RunSettings, split_settings
+from splitward.versions import versions
+from splitward.wire.training import Phase, decode_training
+
+SITES = 4
+STREAMS = ("attacked", "recovered", "fused")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and its schedule; `batch` is the pooled training's, `site_batch` each site's."""
+
+    name: str
+    file: str
+    epochs: int
+    batch: int
+    site_batch: int
+    rounds: int
+    shift: int
+
+
+DATA = (
+    Data("pneumoniamnist", "pneumoniamnist.npz", epochs=20, batch=64, site_batch=32, rounds=40, shift=2),
+    Data("mnist", "mnist", epochs=3, batch=128, site_batch=64, rounds=12, shift=1),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: how the images are dealt out (None: all at one site), who averages what, and the precision."""
+
+    split: str | None
+    arrangement: Arrangement
+    precision: Precision = "float32"
+
+    @property
+    def name(self) -> str:
+        return "pooled" if self.split is None else f"{self.split} {self.arrangement} {self.precision}"
+
+
+CELLS = (
+    Cell(None, "single"),
+    Cell("identical", "splitfed-v2"),
+    Cell("identical", "splitfed-v2", "int8"),
+    Cell("dirichlet-0.3", "splitfed-v2"),
+    Cell("dirichlet-0.3", "splitfed-v1"),
+    Cell("identical", "splitfed-v1"),
+)
+
+
+class CountingServer(Server):
+    """Counts the bytes of steps alone: activations with labels up, gradients down."""
+
+    step_bytes = 0
+
+    def handle(self, device: str, payload: bytes) -> Replies:
+        """As the server's own."""
+        replies = super().handle(device, payload)
+        if decode_training(payload).phase is Phase.STEP:
+            self.step_bytes += len(payload) + sum(len(reply) for _, reply in replies)
+        return replies
+
+
+def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str, Any]:
+    """Train one cell and measure it."""
+    began_s = time.process_time()
+    sites = 1 if cell.split is None else SITES
+    alpha = 0.3 if cell.split == "dirichlet-0.3" else None
+    parts = (
+        [dataset.train] if sites == 1 else partition(dataset.train, sites, alpha=alpha, least=128, seed=seed)
+    )
+    settings = RunSettings(
+        *(data.file, None, None, split_settings(dataset, "sealed")),
+        epochs=data.epochs,
+        batch=data.batch if sites == 1 else data.site_batch,
+        shift=data.shift,
+        seed=seed,
+    )
+    plan = Plan(settings, cell.arrangement, sites, 1 if sites == 1 else data.rounds, precision=cell.precision)
+    training = seed.to_bytes(16, "little")
+    server = CountingServer(plan, training)
+    clients = [Client(f"site-{number}", training, part, settings.split) for number, part in enumerate(parts)]
+    run_together(server, clients)
+    network = whole_network(settings, clients[0])
+    with reproducible(seed):
+        validation = evaluate(network, dataset.validation)
+        ranked = rank_weights([validation[name] for name in STREAMS])
+        network.server.get_buffer("weights").copy_(torch.tensor(ranked))
+        test = evaluate(network, dataset.test)
+    steps = sum(client.trainer.steps_done for client in clients if client.trainer is not None)
+    frames = data.epochs * sum(map(len, parts))
+    return {
+        "data": data.name,
+        "cell": cell.name,
+        "seed": seed,
+        "sites": [
+            [int((part.labels == label).sum()) for label in range(len(dataset.classes))] for part in parts
+        ],
+        "settings": {"epochs": data.epochs, "batch": settings.batch, "rounds": plan.rounds},
+        "validation": validation,
+        "test": test,
+        "steps": steps,
+        "step_bytes_per_frame": round(server.step_bytes / frames, 2),
+        "bytes_up_per_frame": round(server.session.bytes_up / frames, 2),
+        "bytes_down_per_frame": round(server.session.bytes_down / frames, 2),
+        "cpu_s": round(time.process_time() - began_s, 1),
+    }
+
+
+def whole_network(settings: RunSettings, client: Client) -> SplitNetwork:
+    """Client half and server half as one network, as a run keeps it."""
+    assert client.trainer is not None and client.server_half is not None  # noqa: PT018  # it has finished
+    network = SplitNetwork(settings.split)
+    network.server.load_state_dict(client.server_half)
+    network.client.load_state_dict(client.trainer.modules["client"].state_dict())
+    if network.saliency is not None and "local" in client.trainer.modules:
+        network.saliency.classifier.load_state_dict(client.trainer.modules["local"].state_dict())
+    return network.eval()
+
+
+def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """`accuracy` by data set and cell, beside pooled, in percent on test data; what int8 costs and saves."""
+    accuracy: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        found = accuracy.setdefault(line["data"], {}).setdefault(line["cell"], [])
+        found.append(round(100 * line["test"]["decision"], 2))
+    whole = {
+        data: {cell: round(sum(values) / len(values), 2) for cell, values in cells.items()}
+        for data, cells in accuracy.items()
+    }
+    by_cell = {(line["data"], line["cell"]): line for line in lines}
+    saving, cost = {}, {}
+    for data, cells in whole.items():
+        exact, coarse = "identical splitfed-v2 float32", "identical splitfed-v2 int8"
+        if exact in cells and coarse in cells:
+            spent = [by_cell[data, cell]["step_bytes_per_frame"] for cell in (exact, coarse)]
+            saving[data] = round(spent[0] / spent[1], 2)
+            cost[data] = round(cells[exact] - cells[coarse], 2)
+    return {"accuracy": whole, "int8_bytes_saving": saving, "int8_accuracy_cost": cost}
+
+
+def main() -> int:
+    """Run what is missing, and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[one.name for one in DATA])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/results/training.json"))
+    given = parser.parse_args()
+    ledger = given.out.with_suffix(".jsonl")
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+    for data in (one for one in DATA if one.name in given.only):
+        done = {(line["cell"], line["seed"]) for line in lines if line["data"] == data.name}
+        missing = [(cell, seed) for seed in given.seeds for cell in CELLS if (cell.name, seed) not in done]
+        where = str(given.data / data.file) if data.file.endswith(".npz") else data.file
+        dataset = open_dataset(where) if missing else None
+        for cell, seed in missing:
+            assert dataset is not None  # opened above
+            lines.append(train_cell(dataset, data, cell, seed))
+            sys.stdout.write(json.dumps(lines[-1]) + "\n")
+            sys.stdout.flush()
+            with ledger.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    before = json.loads(given.out.read_text()) if given.out.exists() else {}
+    result = before | summarise(lines)
+    result["command"] = "python -m benchmarks.training --data FOLDER"
+    result["versions"] = versions()
+    given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,578 @@
+"""The cloud's side of one training: a state machine of messages in and replies out, over a journal.
+
+Every message that is accepted is on the disk before it has an effect. What a message does depends on the messages
+before it and on nothing else, so to take the journal's messages again gives the state that a kill took away. A client's
+requests are numbered without gaps: the same number again is answered with the same reply, and has no other effect.
+
+Some requests are answered later, when others have come: the messages to send are whatever `handle` returns.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from splitward.errors import MessageError, TrainingError
+from splitward.training.loop import reproducible
+from splitward.training.remote.halves import Exchange, Schedule, ServerTrainer, StepServer, Taken
+from splitward.training.remote.journal import Journal
+from splitward.training.remote.plan import Plan
+from splitward.training.remote.precision import Feedback, Stored, store
+from splitward.training.remote.privacy import add_noise, clip_rows
+from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
+from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
+
+SNAPSHOT_EVERY = 100
+"""Messages between snapshots: a kill costs at most the time to take so many again."""
+MAX_HALF_PARTS = 256
+NO_LABELS = np.empty(0, np.uint16)
+Replies = list[tuple[str, bytes]]
+
+
+class Join(msgspec.Struct, frozen=True):
+    """What a client says of itself: its public key in base64, and how many frames it trains on."""
+
+    key: str
+    frames: int
+
+
+class EpochSums(msgspec.Struct):
+    """Of a site's epoch: sum of the losses, frames decided right, and frames seen."""
+
+    loss: float = 0.0
+    right: int = 0
+    seen: int = 0
+
+
+class Member(msgspec.Struct):
+    """What the cloud knows of one client.
+
+    `sequence` is of its last request, `reply` the answer to it; None while it waits. `live` members are waited for;
+    a member is `finished` with the round when its half is here, and with the training when it has left.
+    """
+
+    name: str
+    key: bytes
+    frames: int
+    sequence: int = -1
+    reply: bytes | None = None
+    request: bytes | None = None
+    live: bool = True
+    finished: bool = False
+    left: bool = False
+    parts: list[bytes] = []
+    steps: int = 0
+    superseded: int = 0
+    curve: dict[int, EpochSums] = {}
+
+
+class Session(msgspec.Struct):
+    """All but the tensors, as a snapshot keeps it."""
+
+    members: dict[str, Member]
+    round: int = 0
+    halves: dict[str, list[bytes]] = {}
+    busy: str = ""
+    queue: list[str] = []
+    failure: str = ""
+    drops: int = 0
+    handled: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Server:
+    """The cloud's side of one training.
+
+    Parameters
+    ----------
+    plan : Plan
+    training : bytes
+        16 bytes that name the training.
+    folder : Path, optional
+        Of the journal; without one nothing outlives the process.
+    steps : StepServer, optional
+        Other than the honest server half, for trials.
+
+    Raises
+    ------
+    TrainingError
+        The journal is damaged.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        training: bytes,
+        folder: Path | None = None,
+        *,
+        steps: StepServer | None = None,
+        every: int = SNAPSHOT_EVERY,
+    ) -> None:
+        self.plan, self.training = plan, training
+        self._digest, self._every, self._stand_in = plan.digest, every, steps
+        self.session = Session({})
+        self.trainers: dict[str, ServerTrainer] = {}
+        self._feedback: dict[str, Feedback] = {}
+        self._noise = torch.Generator().manual_seed(secrets.randbits(63))
+        with reproducible(plan.run.seed):
+            self._first = ServerTrainer(plan.run, tails=plan.labels == "cloud")
+        self._journal = None if folder is None else Journal(folder)
+        if self._journal is not None:
+            self._recover(self._journal)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every client has what it came for."""
+        members = self.session.members.values()
+        return len(members) == self.plan.clients and all(member.left for member in members)
+
+    @property
+    def failure(self) -> str:
+        """Why the training cannot go on; empty while it can."""
+        return self.session.failure
+
+    def awaited(self) -> set[str]:
+        """Clients whom others wait for: of the round, live, and not finished with it."""
+        session = self.session
+        waiting = any(member.request is not None for member in session.members.values())
+        if not waiting or len(session.members) < self.plan.clients or session.round >= self.plan.turns:
+            return set()
+        return {name for name in self._cohort() if not session.members[name].finished}
+
+    def handle(self, device: str, payload: bytes) -> Replies:
+        """Take one message; the replies to send, each with its client.
+
+        A message that this training cannot take is answered with `REFUSED` and changes nothing.
+        """
+        try:
+            message = decode_training(payload)
+        except MessageError:
+            return []  # it names no request that could be answered
+        if message.device != device or message.training != self.training:
+            return []
+        member = self.session.members.get(device)
+        if member is not None and message.sequence == member.sequence:
+            return [] if member.reply is None else [(device, member.reply)]
+        if self.session.failure:
+            return [(device, self._refusal(message, self.session.failure))]
+        try:
+            self._check(message, member)
+        except TrainingError as error:
+            return [(device, self._refusal(message, str(error)))]
+        self._note(payload)
+        replies = self._take(message, payload)
+        self._snapshot()
+        return replies
+
+    def drop(self, device: str) -> Replies:
+        """Leave a silent client out of the round; it may come back at any time."""
+        record = b"drop " + device.encode()
+        self._note(record)
+        replies = self._drop(device)
+        self._snapshot()
+        return replies
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def server_half(self) -> dict[str, Tensor]:
+        """Weights of the server half; of v1, the mean of the clients' own."""
+        with torch.no_grad():
+            state = state_of(self._mean_trainer(), optimisers=False)
+        return {name.removeprefix("server/module/"): tensor for name, tensor in state.items()}
+
+    # --- what a message does ------------------------------------------------------------------------------------
+
+    def _check(self, message: TrainingMessage, member: Member | None) -> None:
+        """Refuse what must not enter the journal, `TrainingError`."""
+        if message.phase is Phase.JOIN:
+            self._check_join(message, member)
+            return
+        if member is None:
+            raise TrainingError("this training does not know this client: it has to join first.")
+        if message.sequence != member.sequence + 1:
+            raise TrainingError(
+                f"request {message.sequence}: the cloud is at request {member.sequence} of this client. One side has "
+                "lost its folder: begin this training again, or bring back the folders of both sides."
+            )
+        if member.request is not None:
+            raise TrainingError("the request before this one waits for its answer.")
+        if message.plan != self._digest:
+            raise TrainingError("the plan is not this training's.")
+        self._check_values(message, member)
+
+    def _check_join(self, message: TrainingMessage, member: Member | None) -> None:
+        if member is not None or message.sequence != 0:
+            raise TrainingError(
+                f"{message.device} has joined already: a client that lost its folder cannot go on with this training."
+            )
+        if len(self.session.members) >= self.plan.clients:
+            raise TrainingError(f"this training has its {self.plan.clients} clients.")
+        try:
+            join = msgspec.json.decode(message.values.tobytes(), type=Join)
+            key = base64.b64decode(join.key, validate=True)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise TrainingError(f"this is no request to join: {error}.") from error
+        if len(key) != 32 or not 2 <= join.frames <= 1 << 31:
+            raise TrainingError("a client joins with a key of 32 bytes and at least 2 frames.")
+
+    def _check_values(self, message: TrainingMessage, member: Member) -> None:
+        network, phase = self.plan.run.split.network, message.phase
+        count, shape = len(message.labels), message.values.shape
+        if phase is Phase.STEP:
+            wanted = count if self.plan.labels == "cloud" else 0
+            if (
+                shape[1:] != tuple(network.release_shape)
+                or count != (shape[0] if wanted else 0)
+                or shape[0] < 2
+            ):
+                raise TrainingError(f"released tensors {shape} with {count} labels do not fit the plan.")
+            if count and int(message.labels.max()) >= network.classes:
+                raise TrainingError(f"label {message.labels.max()}: there are {network.classes} classes.")
+            if message.step >= Schedule(self.plan.run, member.frames).steps:
+                raise TrainingError(f"step {message.step} is beyond this client's training.")
+        elif phase is Phase.BACK:
+            if self.session.busy != message.device or len(shape) != 3 or shape[1] != 3:
+                raise TrainingError("a gradient of features without the step that it answers.")
+            if shape != tuple(self._trainer(message.device).awaiting):
+                raise TrainingError(f"a gradient of {shape} for features of another shape.")
+        elif phase is Phase.HALF:
+            if not 1 <= message.epoch <= MAX_HALF_PARTS or message.step != len(member.parts):
+                raise TrainingError(f"part {message.step} of {message.epoch} of a client half is out of turn.")
+        elif phase is Phase.EVALUATE:
+            if shape[1:] != tuple(network.release_shape) or self.plan.labels != "cloud":
+                raise TrainingError("only released tensors are evaluated, where the cloud has the last layers.")
+        elif phase not in (Phase.ROUND, Phase.FETCH, Phase.WEIGHTS, Phase.LEAVE):
+            raise TrainingError(f"{phase.name} is no request.")
+
+    def _take(self, message: TrainingMessage, payload: bytes) -> Replies:
+        session = self.session
+        session.handled += 1
+        session.bytes_up += len(payload)
+        if message.phase is Phase.JOIN:
+            join = msgspec.json.decode(message.values.tobytes(), type=Join)
+            session.members[message.device] = Member(
+                message.device, base64.b64decode(join.key), join.frames, parts=[], curve={}
+            )
+        member = session.members[message.device]
+        member.sequence, member.reply, member.request = message.sequence, None, payload
+        replies: Replies = []
+        self._answer(message, member, replies)
+        self._go_on(replies)
+        return replies
+
+    def _answer(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
+        """Answer a request, or leave it waiting."""
+        phase = message.phase
+        if phase in (Phase.STEP, Phase.BACK, Phase.HALF, Phase.FETCH) and not self._current(message, member):
+            member.parts = []
+            member.superseded += 1
+            self._reply(member, message, np.zeros(1, np.int8), replies, phase=Phase.SUPERSEDED)
+        elif phase is Phase.STEP:
+            self._answer_step(message, member, replies)
+        elif phase is Phase.BACK:
+            self._guarded(lambda: self._answer_back(message, member, replies), message, member, replies)
+        elif phase is Phase.HALF:
+            self._keep_half(message, member)
+            self._reply(member, message, np.zeros(1, np.int8), replies)
+        elif phase is Phase.FETCH:
+            name = sorted(self.session.halves)[message.epoch]
+            self._reply(member, message, _vector(self.session.halves[name][message.step]), replies)
+        elif phase is Phase.EVALUATE:
+            self._reply(member, message, self._evaluate(message, member), replies)
+        elif phase is Phase.WEIGHTS:
+            values, count = self._weights_part(message.step)
+            self._reply(member, message, values, replies, epoch=count)
+        elif phase is Phase.LEAVE:
+            member.left, member.live = True, False
+            self._reply(member, message, np.zeros(1, np.int8), replies)
+
+    def _current(self, message: TrainingMessage, member: Member) -> bool:
+        """Whether the client is where the training is."""
+        if message.phase is Phase.FETCH:
+            names = sorted(self.session.halves)
+            known = message.epoch < len(names) and message.step < len(self.session.halves[names[message.epoch]])
+            return message.round == self.session.round and known
+        inside = member.name in self._cohort() and not member.finished
+        return message.round == self.session.round and inside
+
+    def _answer_step(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
+        if self.plan.labels == "client" and self.session.busy:
+            self.session.queue.append(member.name)  # one half holds one step at a time
+            return
+        self._guarded(lambda: self._step(message, member, replies), message, member, replies)
+
+    def _step(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
+        real = Stored(message.values, message.scale).real()
+        labels = torch.from_numpy(message.labels.astype(np.int64))
+        at = Schedule(self.plan.run, member.frames).at(message.step)
+        sent = Exchange(message.step, at, real, labels)
+        if self.plan.labels == "client":
+            self.session.busy = member.name
+            stored = store(self._trainer(member.name).features(sent), self.plan.precision)
+            self._reply_stored(member, message, stored, replies)
+            return
+        taken = (self._stand_in or self._trainer(member.name)).take(sent)
+        if not np.isfinite(taken.loss):
+            raise TrainingError("the loss is not finite")
+        self._count(member, message, taken)
+        stored = self._lower(taken.gradient, member)
+        self._reply_stored(member, message, stored, replies, loss=taken.loss, right=taken.right)
+
+    def _answer_back(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
+        gradient = self._trainer(member.name).back(Stored(message.values, message.scale).real())
+        self.session.busy = ""
+        size = len(message.values)
+        self._count(member, message, Taken(gradient, message.loss, message.right), size)
+        self._reply_stored(member, message, self._lower(gradient, member), replies)
+
+    def _count(self, member: Member, message: TrainingMessage, taken: Taken, size: int | None = None) -> None:
+        member.steps += 1
+        epoch = message.step // Schedule(self.plan.run, member.frames).per_epoch
+        sums = member.curve.setdefault(epoch, EpochSums())
+        frames = len(message.values) if size is None else size
+        sums.loss += taken.loss * frames
+        sums.right += taken.right
+        sums.seen += frames
+
+    def _guarded(self, work: Any, message: TrainingMessage, member: Member, replies: Replies) -> None:
+        try:
+            with torch.random.fork_rng(), reproducible_kernels():
+                work()
+        except (TrainingError, MessageError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # torch does not type it
+            self.session.failure = (
+                f"{error}: the training diverged; make a new one with a smaller learning rate."
+            )
+            member.request, member.reply = None, self._refusal(message, self.session.failure)
+            replies.append((member.name, member.reply))
+
+    def _lower(self, gradient: Tensor, member: Member) -> Stored:
+        """The gradient as it goes down: clipped, noised, and in the plan's precision."""
+        plan = self.plan
+        if plan.clip:
+            gradient = clip_rows(gradient, plan.clip)
+        if plan.noise:
+            gradient = add_noise(gradient, plan.clip, plan.noise, self._noise)
+        return self._feedback.setdefault(member.name, Feedback()).store(gradient, plan.precision)
+
+    def _keep_half(self, message: TrainingMessage, member: Member) -> None:
+        member.parts.append(message.values.tobytes())
+        member.finished = len(member.parts) == message.epoch
+
+    @torch.no_grad()
+    def _evaluate(self, message: TrainingMessage, member: Member) -> np.ndarray[Any, Any]:
+        """Class of each stream and of the decision: int8 [B, 4, 2], low and high byte."""
+        half = self._trainer(member.name).half
+        with reproducible_kernels():
+            half.eval()
+            outputs = half(Stored(message.values, message.scale).real())
+            half.train()
+        chosen = torch.stack([stream.argmax(1) for stream in outputs], dim=1).numpy().astype("<u2")
+        return chosen.view(np.int8).reshape(len(chosen), 4, 2)
+
+    def _weights_part(self, part: int) -> tuple[np.ndarray[Any, Any], int]:
+        from safetensors.torch import save
+
+        whole = save({name: tensor.contiguous() for name, tensor in sorted(self.server_half().items())})
+        parts = _parts(whole)
+        return _vector(parts[min(part, len(parts) - 1)]), len(parts)
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    def _cohort(self) -> list[str]:
+        """Who trains in this round: live members, or the one whose turn it is."""
+        session = self.session
+        live = sorted(name for name, member in session.members.items() if member.live)
+        if self.plan.arrangement != "turn":
+            return live
+        order = sorted(session.members)
+        turn = session.round % len(order) if order else 0
+        return next(([name] for name in order[turn:] + order[:turn] if name in live), [])
+
+    def _go_on(self, replies: Replies) -> None:
+        """End the round where it is complete, then answer whoever waited for that."""
+        session = self.session
+        if len(session.members) < self.plan.clients:
+            return
+        cohort = self._cohort()
+        if (
+            session.round < self.plan.turns
+            and cohort
+            and all(session.members[name].finished for name in cohort)
+        ):
+            self._end_round()
+        for name in list(session.queue):
+            if not session.busy:
+                session.queue.remove(name)
+                self._again(session.members[name], replies)
+        for member in session.members.values():
+            if member.request is None:
+                continue
+            message = decode_training(member.request)
+            if message.phase is Phase.JOIN:
+                self._reply(member, message, _vector(self._agreement()), replies)
+            elif message.phase is Phase.ROUND:
+                member.live = True  # whoever asks for the round is back
+                if session.round >= self.plan.turns or (member.name in self._cohort() and not member.finished):
+                    self._reply(member, message, _vector(self._round()), replies)
+
+    def _again(self, member: Member, replies: Replies) -> None:
+        assert member.request is not None  # noqa: S101  # it waits in the queue
+        message = decode_training(member.request)
+        self._answer(message, member, replies)
+
+    def _end_round(self) -> None:
+        session = self.session
+        finished = {name: member for name, member in session.members.items() if member.finished}
+        session.halves = {name: member.parts for name, member in finished.items()}
+        if self.plan.arrangement == "splitfed-v1":
+            mean = self._mean_of(list(finished))
+            for name in session.members:
+                restore(self._trainer(name), mean)
+        for member in session.members.values():
+            member.finished, member.parts = False, []
+        session.round += 1
+
+    def _drop(self, device: str) -> Replies:
+        session, replies = self.session, Replies()
+        member = session.members[device]
+        member.live, member.parts, member.finished = False, [], False
+        session.drops += 1
+        if session.busy == device:
+            session.busy = ""
+        session.queue = [name for name in session.queue if name != device]
+        self._go_on(replies)
+        return replies
+
+    def _agreement(self) -> bytes:
+        members = {name: base64.b64encode(m.key).decode() for name, m in sorted(self.session.members.items())}
+        frames = {name: m.frames for name, m in sorted(self.session.members.items())}
+        return msgspec.json.encode({"plan": self.plan.to_dict(), "keys": members, "frames": frames})
+
+    def _round(self) -> bytes:
+        halves = {name: len(parts) for name, parts in sorted(self.session.halves.items())}
+        return msgspec.json.encode({"round": self.session.round, "halves": halves})
+
+    # --- server halves ------------------------------------------------------------------------------------------
+
+    def _trainer(self, name: str) -> ServerTrainer:
+        """The server half that answers a client."""
+        if self.plan.arrangement != "splitfed-v1":
+            return self._first
+        if name not in self.trainers:
+            with reproducible(self.plan.run.seed):
+                self.trainers[name] = ServerTrainer(self.plan.run, tails=self.plan.labels == "cloud")
+        return self.trainers[name]
+
+    def _mean_of(self, names: list[str]) -> dict[str, Tensor]:
+        states = [state_of(self._trainer(name), optimisers=False) for name in names]
+        return average(states, [self.session.members[name].frames for name in names])
+
+    def _mean_trainer(self) -> ServerTrainer:
+        """After the last round all of v1's server halves are equal."""
+        return self._trainer(min(self.session.members)) if self.session.members else self._first
+
+    # --- replies ------------------------------------------------------------------------------------------------
+
+    def _reply(
+        self,
+        member: Member,
+        message: TrainingMessage,
+        values: np.ndarray[Any, Any],
+        replies: Replies,
+        *,
+        phase: Phase | None = None,
+        **more: Any,
+    ) -> None:
+        answer = replace(
+            message, phase=phase or message.phase, values=values, labels=NO_LABELS, loss=0.0, right=0,
+            round=self.session.round, scale=1.0, nibbles=False, plan=self._digest,
+        )  # fmt: skip
+        member.reply, member.request = encode_training(replace(answer, **more)), None
+        self.session.bytes_down += len(member.reply)
+        replies.append((member.name, member.reply))
+
+    def _reply_stored(
+        self, member: Member, message: TrainingMessage, stored: Stored, replies: Replies, **more: Any
+    ) -> None:
+        self._reply(member, message, stored.values, replies, scale=stored.scale, nibbles=stored.nibbles, **more)
+
+    def _refusal(self, message: TrainingMessage, why: str) -> bytes:
+        plain: dict[str, Any] = {"labels": NO_LABELS, "loss": 0.0, "right": 0, "scale": 1.0, "nibbles": False}
+        words = _vector(why.encode()[:4096])
+        return encode_training(replace(message, phase=Phase.REFUSED, values=words, plan=self._digest, **plain))
+
+    # --- journal ------------------------------------------------------------------------------------------------
+
+    def _note(self, record: bytes) -> None:
+        if self._journal is not None:
+            self._journal.append(record)
+
+    def _snapshot(self) -> None:
+        journal = self._journal
+        if journal is None or journal.since_snapshot < self._every or self.session.busy:
+            return  # what a step holds between its two exchanges is no tensor to be kept
+        tensors = {"session": to_tensor(self.session), "noise": self._noise.get_state()}
+        for name, trainer in ({"": self._first} | self.trainers).items():
+            tensors |= {f"trainer/{name}/{key}": tensor for key, tensor in state_of(trainer).items()}
+        tensors |= {f"feedback/{name}": feedback.left for name, feedback in self._feedback.items()}
+        journal.save(self.session.handled + self.session.drops, tensors)
+
+    def _recover(self, journal: Journal) -> None:
+        tensors = journal.snapshot()
+        if tensors is None:
+            # So that the noise that is drawn after a kill is the one that was drawn before.
+            journal.save(0, {"noise": self._noise.get_state(), "session": to_tensor(self.session)})
+        else:
+            self.session = from_tensor(tensors["session"], Session)
+            self._noise.set_state(tensors["noise"])
+            for name in ("", *self.session.members):
+                head = f"trainer/{name}/"
+                own = {key.removeprefix(head): t for key, t in tensors.items() if key.startswith(head)}
+                if own:
+                    restore(self._first if not name else self._trainer(name), own)
+            for key, tensor in tensors.items():
+                if key.startswith("feedback/"):
+                    self._feedback.setdefault(key.removeprefix("feedback/"), Feedback()).left = tensor
+        for record in journal.messages():
+            if record.startswith(b"drop "):
+                self._drop(record[5:].decode())
+            else:
+                self._take(decode_training(record), record)
+
+
+@contextmanager
+def reproducible_kernels() -> Iterator[None]:
+    """Deterministic kernels within the block, as in a training on one machine."""
+    before = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic  # torch does not type it
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = filled
+
+
+def _vector(content: bytes) -> np.ndarray[Any, Any]:
+    """Bytes as a vector of int8; at least one."""
+    return np.frombuffer(content or b"\0", np.int8)
+
+
+def _parts(content: bytes) -> list[bytes]:
+    return [content[at : at + MAX_PART] for at in range(0, max(len(content), 1), MAX_PART)]
