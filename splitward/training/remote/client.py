@@ -38,12 +38,14 @@ from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
 from splitward.training.remote.server import NO_LABELS, Join, reproducible_kernels
-from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
+from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 
 SNAPSHOT_EVERY = 100
 """Answers between snapshots: a kill costs at most the time to take so many again."""
 EVALUATION_BATCH = 256
+CLEAR_STEPS = 8
+"""The guard judges rows of at least so many steps of a coarse message: smaller ones are more rounding than gradient."""
 NO_PLAN = bytes(16)
 NOTHING = np.zeros(1, np.int8)
 Course = Generator[dict[str, Any], TrainingMessage, None]
@@ -284,7 +286,7 @@ class Client:
         down = _stored(answer).real()
         if down.shape != sent.released.shape:
             raise TrainingError(f"the cloud answers a gradient of shape {tuple(down.shape)}; trust it no more.")
-        self._watch(down, trainer.wanted)
+        self._watch(down, trainer.wanted, answer.scale if plan.precision != "float32" else 0.0)
         trainer.end(down)
         place.totals.loss += loss * len(down)
         place.totals.right += right
@@ -429,13 +431,14 @@ class Client:
             | more
         )
 
-    def _watch(self, gradient: Tensor, labels: Tensor) -> None:
-        """Judge a gradient before it is applied; the evidence is on the disk before the error."""
+    def _watch(self, gradient: Tensor, labels: Tensor, step: float) -> None:
+        """Judge a gradient, coded in steps of `step`, before it is applied; the evidence comes before the error."""
         guard = self._guard
         if guard is None:
             return
         try:
-            guard.observe(gradient.numpy(), labels.numpy())
+            clear = gradient.flatten(1).norm(dim=1) >= CLEAR_STEPS * step
+            guard.observe(gradient[clear].numpy(), labels[clear].numpy())
         except HijackError as error:
             self._write_evidence(guard, gradient, labels, str(error))
             raise
@@ -474,13 +477,14 @@ class Client:
     @contextmanager
     def _own_random(self) -> Iterator[None]:
         """Draw from this client's own random state, also where several share a process."""
-        before = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
-            yield
-        finally:
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(before)
+        with TURN:
+            before = torch.get_rng_state()
+            torch.set_rng_state(self._random)
+            try:
+                yield
+            finally:
+                self._random = torch.get_rng_state()
+                torch.set_rng_state(before)
 
     # --- what is kept -------------------------------------------------------------------------------------------
 

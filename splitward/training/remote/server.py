@@ -29,7 +29,7 @@ from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
 from splitward.training.remote.privacy import add_noise, clip_rows
-from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
+from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 
 SNAPSHOT_EVERY = 100
@@ -170,17 +170,19 @@ class Server:
             self._check(message, member)
         except TrainingError as error:
             return [(device, self._refusal(message, str(error)))]
-        self._note(payload)
-        replies = self._take(message, payload)
-        self._snapshot()
+        with TURN:
+            self._note(payload)
+            replies = self._take(message, payload)
+            self._snapshot()
         return replies
 
     def drop(self, device: str) -> Replies:
         """Leave a silent client out of the round; it may come back at any time."""
         record = b"drop " + device.encode()
-        self._note(record)
-        replies = self._drop(device)
-        self._snapshot()
+        with TURN:
+            self._note(record)
+            replies = self._drop(device)
+            self._snapshot()
         return replies
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,9 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+TURN = threading.RLock()
+"""torch has one random state and one choice of kernels for a process: sides that share one take turns."""
 
 
 class Trained(Protocol):

@@ -1,0 +1,95 @@
+"""Sites train with the cloud over a real broker that is killed on the way: the bits of one process."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from firmware_sim.broker import Broker as SimulatedBroker
+from splitward.data import phantom
+from splitward.data.partition import partition
+from splitward.training.remote.carrier import Broker, run_client, run_server
+from splitward.training.remote.client import Client
+from splitward.training.remote.plan import Plan
+from splitward.training.remote.server import Server
+from splitward.training.remote.state import state_of
+from splitward.training.remote.together import run_together
+from splitward.training.settings import RunSettings, split_settings
+
+TRAINING = bytes(range(16))
+JOIN_S = 120.0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitward.training.remote.carrier.RETRY_S", 0.5)
+
+
+def test_sites_train_over_a_broker_that_is_killed(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
+    dataset = phantom.load("mass", 28, seed=0, count=240)
+    parts = partition(dataset.train, 2, least=16)
+    settings = RunSettings(
+        "phantom", None, 28, split_settings(dataset, "sealed"), epochs=2, batch=8, shift=1, seed=3
+    )
+    plan = Plan(settings, "turn", 2, rounds=2)  # one after the other: the order of steps is that of one process
+
+    def client_of(number: int, **more: Any) -> Client:
+        return Client(
+            f"site-{number}", TRAINING, parts[number], settings.split, repeatable=True, guard=None, **more
+        )
+
+    alone = [client_of(number) for number in range(2)]
+    run_together(Server(plan, TRAINING), alone)
+    wanted = state_of(alone[0]._active, optimisers=False)
+
+    broker = Broker(mosquitto.host, mosquitto.port)
+    server = Server(plan, TRAINING, tmp_path / "server")
+    clients = [client_of(number, folder=tmp_path / f"site-{number}") for number in range(2)]
+    threads = [threading.Thread(target=run_server, args=({TRAINING: server}, broker), daemon=True)]
+    threads += [
+        threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True) for client in clients
+    ]
+    for thread in threads:
+        thread.start()
+    for handled in (15, 30):
+        while server.session.handled < handled and threads[0].is_alive():
+            threads[0].join(0.02)
+        mosquitto.stop()
+        mosquitto.start()
+    for thread in threads:
+        thread.join(JOIN_S)
+        assert not thread.is_alive()
+    assert server.finished
+    for client in clients:
+        found = state_of(client._active, optimisers=False)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert client.place.skipped == 0
+
+
+def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
+    dataset = phantom.load("mass", 28, seed=0, count=240)
+    parts = partition(dataset.train, 2, least=16)
+    settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=8, seed=3)
+    plan = replace(Plan(settings, "splitfed-v2", 2, rounds=2), silence_s=1.0)
+    broker, server = Broker(mosquitto.host, mosquitto.port), Server(plan, TRAINING)
+    clients = [Client(f"site-{n}", TRAINING, part, settings.split, guard=None) for n, part in enumerate(parts)]
+    stop, silent = threading.Event(), threading.Event()
+    serving = threading.Thread(target=run_server, args=({TRAINING: server}, broker, stop), daemon=True)
+    going = threading.Thread(target=run_client, args=(clients[0], "ward", broker), daemon=True)
+    leaving = threading.Thread(target=run_client, args=(clients[1], "ward", broker, silent), daemon=True)
+    for thread in (serving, going, leaving):
+        thread.start()
+    while len(server.session.members) < 2:
+        going.join(0.02)
+    silent.set()
+    leaving.join(JOIN_S)
+    going.join(JOIN_S)
+    assert clients[0].server_half is not None
+    assert server.session.drops >= 1
+    stop.set()
+    serving.join(JOIN_S)
