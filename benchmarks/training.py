@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 
 import torch
 
-from splitward.data import Dataset, open_dataset
+from splitward.data import Dataset, open_dataset, phantom
 from splitward.data.partition import partition
 from splitward.method.fusion import rank_weights
-from splitward.method.split import SplitNetwork
-from splitward.training.loop import evaluate, reproducible
+from splitward.training.loop import evaluate, reproducible, train
 from splitward.training.remote.client import Client
 from splitward.training.remote.plan import Arrangement, Plan, Precision
 from splitward.training.remote.server import Replies, Server
+from splitward.training.remote.site import whole_network
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
 from splitward.versions import versions
@@ -109,7 +111,7 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     server = CountingServer(plan, training)
     clients = [Client(f"site-{number}", training, part, settings.split) for number, part in enumerate(parts)]
     run_together(server, clients)
-    network = whole_network(settings, clients[0])
+    network = whole_network(clients[0])
     with reproducible(seed):
         validation = evaluate(network, dataset.validation)
         ranked = rank_weights([validation[name] for name in STREAMS])
@@ -135,15 +137,52 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     }
 
 
-def whole_network(settings: RunSettings, client: Client) -> SplitNetwork:
-    """Client half and server half as one network, as a run keeps it."""
-    assert client.trainer is not None and client.server_half is not None  # noqa: PT018  # it has finished
-    network = SplitNetwork(settings.split)
-    network.server.load_state_dict(client.server_half)
-    network.client.load_state_dict(client.trainer.modules["client"].state_dict())
-    if network.saliency is not None and "local" in client.trainer.modules:
-        network.saliency.classifier.load_state_dict(client.trainer.modules["local"].state_dict())
-    return network.eval()
+def measure_kills(steps: int, kills: int, seed: int = 0) -> dict[str, Any]:
+    """One site, float32, no noise: both sides killed at random moments, against training in one process."""
+    dataset = phantom.load("mass", 28, seed=0, count=800)
+    batch = 16
+    epochs = -(-steps // (len(dataset.train) // batch))
+    settings = RunSettings(
+        "phantom", None, 28, split_settings(dataset, "none"), epochs=epochs, batch=batch, seed=seed
+    )
+    draw, struck, requests = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wanted = train(dataset, settings, folder / "run", progress=False).load_network().state_dict()
+
+        def open_server() -> Server:
+            return Server(Plan(settings), bytes(16), folder / "server")
+
+        def open_client() -> Client:
+            site = ("site-0", bytes(16), dataset.train, settings.split)
+            return Client(*site, folder=folder / "site", guard=None, repeatable=True)
+
+        server, client = open_server(), open_client()
+        chance = kills / (epochs * len(dataset.train) / batch)
+        while client.request is not None:
+            requests += 1
+            ((_, reply),) = server.handle(client.device, client.request)
+            if draw.random() < chance and struck < kills:
+                struck += 1
+                if struck % 2:
+                    server.close()
+                    server = open_server()
+                else:
+                    client.close()
+                    client = open_client()
+                ((_, reply),) = server.handle(client.device, client.request or b"")
+            client.meanwhile()
+            client.take(reply)
+        found, (member,) = whole_network(client).state_dict(), server.session.members.values()
+    differing = [key for key in wanted if key != "server.weights" and not torch.equal(found[key], wanted[key])]
+    expected = 0 if client.trainer is None else client.trainer.schedule.steps
+    return {
+        "kills": struck,
+        "steps": expected,
+        "steps_lost": max(0, expected - member.steps),
+        "steps_twice": max(0, member.steps - expected),
+        "weights_equal_in_process": not differing,
+    }
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,8 +228,10 @@ def main() -> int:
             sys.stdout.flush()
             with ledger.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
+    chaos = measure_kills(2000, 30)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    result = before | summarise(lines)
+    result = before | summarise(lines) | {"chaos": chaos}
+    result["weights_equal_in_process"] = chaos["weights_equal_in_process"]
     result["command"] = "python -m benchmarks.training --data FOLDER"
     result["versions"] = versions()
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

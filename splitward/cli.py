@@ -64,28 +64,32 @@ def build_parser() -> argparse.ArgumentParser:
     data.set_defaults(run=_data)
 
     train = commands.add_parser("train", help="train a split network under a defence")
-    train.add_argument("--data", required=True, help="mnist, phantom, a .npz file or a folder")
-    train.add_argument("--task", help="what the labels say, where the data can be read in several ways")
-    train.add_argument("--size", type=int, help="height and width of the frames in pixels")
+    _add_training_options(train)
     train.add_argument(
-        "--defence",
-        default="sealed",
-        help="none, psgl or sealed (default); or, to compare: gaussian, nopeek, ressfl, cem, projection, "
-        "psgl-published, label",
+        "--over", choices=("mqtt",), help="take part in a training of several sites, whose plan decides"
     )
-    train.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
-    train.add_argument("--epochs", type=int, default=10)
-    train.add_argument("--batch", type=int, default=128)
-    train.add_argument("--learning-rate", type=float, default=3e-3)
-    train.add_argument("--shift", type=int, default=0, help="move training frames at random by so many pixels")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--values", type=int, help="sealed: values of the bottleneck")
-    train.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
-    train.add_argument("--entropy-weight", type=float, help="sealed: weight of the entropy term")
-    train.add_argument("--eps", type=float, help="psgl, sealed: budget of the map")
-    train.add_argument("--gamma", type=float, help="psgl, sealed: fraction of the pixels that keep their map")
-    train.add_argument("--map", choices=("logits", "probabilities"), help="psgl, sealed: outputs of the map")
+    train.add_argument("--training", type=bytes.fromhex, help="with --over: its id, from its coordinator")
+    train.add_argument("--site", default="default", help="with --over: where this is")
+    train.add_argument("--device", help="with --over: name of this client, as in its certificate")
+    train.add_argument(
+        "--peer", action="append", default=[], help="with --over: fingerprint of another site's key"
+    )
+    _add_broker_options(train)
     train.set_defaults(run=_train)
+
+    lead = commands.add_parser(
+        "coordinate", help="be the cloud's side of a training of several sites, over MQTT"
+    )
+    _add_training_options(lead)
+    lead.add_argument("--sites", type=int, default=1, help="the training begins when so many have joined")
+    lead.add_argument("--arrangement", choices=("single", "turn", "splitfed-v1", "splitfed-v2"))
+    lead.add_argument("--rounds", type=int, default=1, help="client halves are exchanged after each")
+    lead.add_argument("--labels", choices=("cloud", "client"), default="cloud", help="who has the labels")
+    lead.add_argument("--precision", choices=("float32", "int8", "int4"), default="float32")
+    lead.add_argument("--clip", type=float, default=0.0, help="largest norm of a frame's gradient; 0: no limit")
+    lead.add_argument("--noise", type=float, default=0.0, help="on these gradients, in units of --clip")
+    _add_broker_options(lead)
+    lead.set_defaults(run=_coordinate)
 
     export = commands.add_parser("export", help="make a signed bundle and its server half from a run")
     export.add_argument("run_folder", type=Path, metavar="RUN")
@@ -160,9 +164,48 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="mnist, phantom, a .npz file or a folder")
+    parser.add_argument("--task", help="what the labels say, where the data can be read in several ways")
+    parser.add_argument("--size", type=int, help="height and width of the frames in pixels")
+    parser.add_argument(
+        "--defence",
+        default="sealed",
+        help="none, psgl or sealed (default); or, to compare: gaussian, nopeek, ressfl, cem, projection, "
+        "psgl-published, label",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--shift", type=int, default=0, help="move training frames at random by so many pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--values", type=int, help="sealed: values of the bottleneck")
+    parser.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
+    parser.add_argument("--entropy-weight", type=float, help="sealed: weight of the entropy term")
+    parser.add_argument("--eps", type=float, help="psgl, sealed: budget of the map")
+    parser.add_argument("--gamma", type=float, help="psgl, sealed: fraction of the pixels that keep their map")
+    parser.add_argument("--map", choices=("logits", "probabilities"), help="psgl, sealed: outputs of the map")
+
+
+def _add_broker_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT")
+    for name, what in (("ca", "the broker's authority"), ("cert", "own certificate"), ("key", "own key")):
+        parser.add_argument(f"--{name}", help=f"for mutual TLS: {what}, a PEM file")
+
+
+def _broker_of(arguments: argparse.Namespace) -> Any:
+    from splitward.training.remote.carrier import Broker
+
+    host, _, port = arguments.broker.rpartition(":")
+    if not host or not port.isdigit():
+        raise SplitwardError(f"--broker {arguments.broker}: give HOST:PORT.")
+    return Broker(host, int(port), arguments.ca, arguments.cert, arguments.key)
+
+
+def _settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The data set and the run's settings."""
     from splitward.data import open_dataset
-    from splitward.training.loop import train
     from splitward.training.settings import RunSettings, split_settings
 
     dataset = open_dataset(arguments.data, task=arguments.task, size=arguments.size)
@@ -172,7 +215,7 @@ def _train(arguments: argparse.Namespace) -> int:
         seal={"values": arguments.values, "sigma": arguments.sigma, "entropy_weight": arguments.entropy_weight},
         saliency={"eps": arguments.eps, "gamma": arguments.gamma, "outputs": arguments.map},
     )
-    settings = RunSettings(
+    return dataset, RunSettings(
         data=arguments.data,
         task=arguments.task,
         size=arguments.size,
@@ -183,11 +226,53 @@ def _train(arguments: argparse.Namespace) -> int:
         shift=arguments.shift,
         seed=arguments.seed,
     )
-    run = train(dataset, settings, arguments.out)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from splitward.training.loop import train
+
+    dataset, settings = _settings_of(arguments)
+    if arguments.over is None:
+        run = train(dataset, settings, arguments.out)
+    else:
+        from splitward.training.remote.site import Membership, train_at_site
+
+        if arguments.training is None or arguments.device is None:
+            raise SplitwardError(
+                "--over mqtt needs --training and --device; `splitward coordinate` says the id."
+            )
+        who = Membership(
+            *(arguments.site, arguments.device, arguments.training, frozenset(arguments.peer)),
+            broker=_broker_of(arguments),
+        )
+        run = train_at_site(dataset, settings, settings.split, arguments.out, who)
     test = run.read_metrics()[-1]["test"]
     sys.stdout.write(
         f"{arguments.out}: test accuracy " + ", ".join(f"{k} {v:.4f}" for k, v in test.items()) + "\n"
     )
+    return 0
+
+
+def _coordinate(arguments: argparse.Namespace) -> int:
+    from splitward.training.remote.plan import Plan
+    from splitward.training.remote.site import coordinate
+
+    _, settings = _settings_of(arguments)
+    plan = Plan(
+        *(
+            settings,
+            arguments.arrangement or ("single" if arguments.sites == 1 else "splitfed-v2"),
+            arguments.sites,
+        ),
+        *(arguments.rounds, arguments.labels, arguments.precision, arguments.clip, arguments.noise),
+    )
+
+    def tell(training: str) -> None:
+        sys.stdout.write(f"training {training}: each site takes part with --over mqtt --training {training}\n")
+        sys.stdout.flush()
+
+    coordinate(plan, arguments.out, _broker_of(arguments), tell)
+    sys.stdout.write("every site has its run\n")
     return 0
 
 

@@ -65,7 +65,7 @@ def train(dataset: Dataset, settings: RunSettings, folder: Path, *, progress: bo
             _append(run, line)
             save_checkpoint(run, network, optimiser, epoch + 1, torch.get_rng_state())
             plot_curve(run.read_metrics(), folder / "curve.png", settings.split.defence.profile)
-        _finish(run, network, dataset)
+        finish_run(run, network, dataset)
     return run
 
 
@@ -237,7 +237,7 @@ def one_cycle(settings: RunSettings, at: float) -> float:
     return settings.learning_rate * min((at + 0.01) / 0.21, (1 - at) / 0.8)
 
 
-def _finish(run: Run, network: SplitNetwork, dataset: Dataset) -> None:
+def finish_run(run: Run, network: SplitNetwork, dataset: Dataset) -> None:
     """Rank the streams on validation data, write the weights, and measure once on test data."""
     accuracies = evaluate(network, dataset.validation)
     ranked = rank_weights([accuracies[name] for name in ("attacked", "recovered", "fused")])

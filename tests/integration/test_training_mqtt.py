@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from export.exporter import export_run
 from firmware_sim.broker import Broker as SimulatedBroker
-from splitward.data import phantom
+from splitward.data import open_dataset, phantom
 from splitward.data.partition import partition
 from splitward.training.remote.carrier import Broker, run_client, run_server
 from splitward.training.remote.client import Client
@@ -19,7 +22,9 @@ from splitward.training.remote.plan import Plan
 from splitward.training.remote.server import Server
 from splitward.training.remote.state import state_of
 from splitward.training.remote.together import run_together
+from splitward.training.run import open_run
 from splitward.training.settings import RunSettings, split_settings
+from splitward.wire.bundle import create_signing_key
 
 TRAINING = bytes(range(16))
 JOIN_S = 120.0
@@ -93,3 +98,49 @@ def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -
     assert server.session.drops >= 1
     stop.set()
     serving.join(JOIN_S)
+
+
+@pytest.mark.slow
+def test_two_sites_and_a_coordinator_by_their_commands(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
+    """Each a process of its own; what they end with is a run like any other, and can be exported."""
+    broker = f"127.0.0.1:{mosquitto.port}"
+    about = ["--data", "phantom", "--size", "28", "--defence", "sealed"]
+    schedule = ["--sites", "2", "--rounds", "2", "--epochs", "1", "--batch", "32", "--precision", "int8"]
+    command = [sys.executable, "-m", "splitward.cli"]
+    leading = subprocess.Popen(
+        [*command, "coordinate", *about, *schedule, "--broker", broker, "--out", str(tmp_path / "cloud")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert leading.stdout is not None
+    training = leading.stdout.readline().rsplit(None, 1)[-1]
+    sites = [
+        subprocess.Popen(
+            [
+                *(
+                    *command,
+                    "train",
+                    *about,
+                    "--over",
+                    "mqtt",
+                    "--training",
+                    training,
+                    "--device",
+                    f"site-{number}",
+                ),
+                *("--broker", broker, "--out", str(tmp_path / f"run-{number}")),
+            ]
+        )
+        for number in range(2)
+    ]
+    assert [site.wait(JOIN_S) for site in sites] == [0, 0]
+    assert leading.wait(JOIN_S) == 0
+    leading.stdout.close()
+    runs = [open_run(tmp_path / f"run-{number}") for number in range(2)]
+    first, second = (run.load_network().client.state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert runs[0].read_metrics()[0]["epoch"] == 1
+    assert runs[0].read_metrics()[-1]["final"]
+    dataset = open_dataset("phantom", size=28)
+    export_run(runs[0], dataset, tmp_path / "out.bundle", create_signing_key(tmp_path / "signing.key"))
+    assert (tmp_path / "out.bundle").exists()

@@ -162,6 +162,11 @@ class Client:
         """Of this client's key, for the others' `peers`."""
         return fingerprint(self._key.public_key().public_bytes_raw())
 
+    @staticmethod
+    def own_fingerprint(folder: Path) -> str:
+        """Of the key in `folder`, which is made where there is none."""
+        return fingerprint(_own_key(folder).public_key().public_bytes_raw())
+
     def meanwhile(self) -> None:
         """Do what needs no answer; to be called while one is on its way."""
         if self._meanwhile_due:

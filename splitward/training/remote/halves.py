@@ -221,6 +221,14 @@ class ClientTrainer:
         following = self.steps_done + 1
         self._ready = (following, self._prepare(following)) if following < self.schedule.steps else None
 
+    def tail_weights(self) -> dict[str, Tensor]:
+        """Weights of the last layers that live here, by their names in the server half."""
+        return {
+            f"{name}.{len(getattr(SplitNetwork(self._settings.split).server, name)) - 1}.{key}": tensor
+            for name, layer in self.tails.items()
+            for key, tensor in layer.state_dict().items()
+        }
+
     def answer(self, features: Tensor) -> tuple[Tensor, float]:
         """Gradient at the features [B, 3, F] and the mean loss, after one step of the last layers."""
         entering = features.detach().requires_grad_()

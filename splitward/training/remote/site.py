@@ -1,0 +1,121 @@
+"""What people start: a site that takes part in a training, and the one who coordinates it, over MQTT."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from splitward.data import Dataset
+from splitward.errors import TrainingError
+from splitward.method.split import SplitNetwork, SplitSettings
+from splitward.training.loop import describe, finish_run
+from splitward.training.remote.carrier import Broker, run_client, run_server
+from splitward.training.remote.client import Client
+from splitward.training.remote.plan import Plan
+from splitward.training.remote.server import Server
+from splitward.training.run import Run, create_run, write_atomically
+from splitward.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who a site is in which training; `peers` are the fingerprints of the others' keys, if they are to be checked."""
+
+    site: str
+    device: str
+    training: bytes
+    peers: frozenset[str] = frozenset()
+    broker: Broker = field(default_factory=Broker)
+
+
+def train_at_site(
+    dataset: Dataset, own: RunSettings, split: SplitSettings, folder: Path, member: Membership
+) -> Run:
+    """Take part until the training is over; the run folder is that of a training on one machine.
+
+    Parameters
+    ----------
+    own : RunSettings
+        What this site calls its data; the schedule is the plan's.
+    split : SplitSettings
+        Network and defence that this site agrees to.
+    folder : Path
+        The run; the same call again goes on with it.
+
+    Raises
+    ------
+    TrainingError, HijackError
+        As `Client`.
+    """
+    remote = folder / "remote"
+    client = Client(
+        *(member.device, member.training, dataset.train, split),
+        validation=dataset.validation,
+        folder=remote,
+        peers=member.peers | {Client.own_fingerprint(remote)} if member.peers else None,
+    )
+    try:
+        run_client(client, member.site, member.broker)
+        plan = client.plan
+        if plan is None:
+            raise TrainingError("the training was left before it began.")
+        settings = replace(plan.run, data=own.data, task=own.task, size=own.size)
+        run = create_run(folder, settings, describe(dataset))
+        if not run.finished:
+            lines = "".join(json.dumps(line) + "\n" for line in client.place.metrics)
+            run.metrics.write_text(lines, encoding="utf-8")
+            finish_run(run, whole_network(client), dataset)
+    finally:
+        client.close()
+    return run
+
+
+def whole_network(client: Client) -> SplitNetwork:
+    """Client half and server half of a training that is over, as one network."""
+    if client.plan is None or client.trainer is None or client.server_half is None:
+        raise TrainingError("the training is not over: the server half has not come down yet.")
+    network = SplitNetwork(client.plan.run.split)
+    network.server.load_state_dict(client.server_half | client.trainer.tail_weights())
+    network.client.load_state_dict(client.trainer.modules["client"].state_dict())
+    if network.saliency is not None and "local" in client.trainer.modules:
+        network.saliency.classifier.load_state_dict(client.trainer.modules["local"].state_dict())
+    return network.eval()
+
+
+def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], object]) -> None:
+    """Be the cloud's side of one training until every site has what it came for; called again, go on.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the plan, the training's id and the journal.
+    told : callable
+        Takes the id that the sites have to give.
+
+    Raises
+    ------
+    TrainingError
+        The folder holds a training with another plan, or the training has failed.
+    """
+    card = folder / "training.json"
+    if card.exists():
+        kept = json.loads(card.read_text(encoding="utf-8"))
+        if Plan.from_dict(kept["plan"]).digest != plan.digest:
+            raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
+        training = bytes.fromhex(kept["training"])
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        training = secrets.token_bytes(16)
+        about = {"training": training.hex(), "plan": plan.to_dict()}
+        write_atomically(card, json.dumps(about, indent=2) + "\n")
+    told(training.hex())
+    server = Server(plan, training, folder / "journal")
+    try:
+        run_server({training: server}, broker)
+        if server.failure:
+            raise TrainingError(server.failure)
+    finally:
+        server.close()
