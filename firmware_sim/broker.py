@@ -26,17 +26,9 @@ START_S = 10.0
 Kind = Literal["mosquitto", "embedded"]
 log = logging.getLogger(__name__)
 
-_MOSQUITTO = """\
+_OPEN = """\
 listener {port} {host}
 allow_anonymous true
-persistence false
-set_tcp_nodelay true
-max_queued_messages 0
-max_inflight_messages 1000
-log_dest stderr
-log_type error
-log_type warning
-user {user}
 """
 _SECURED = """\
 listener {port} {host}
@@ -47,6 +39,8 @@ require_certificate true
 use_identity_as_username true
 allow_anonymous false
 acl_file {folder}/broker.acl
+"""
+_LIMITS = """\
 persistence false
 set_tcp_nodelay true
 max_queued_messages 0
@@ -64,9 +58,11 @@ topic readwrite splitward/#
 pattern write splitward/v1/+/%u/activation
 pattern write splitward/v1/+/%u/status
 pattern write splitward/v1/+/%u/outcome
+pattern write splitward/v1/+/%u/train
 pattern read splitward/v1/+/%u/result
 pattern read splitward/v1/+/%u/command
 pattern read splitward/v1/+/%u/bundle
+pattern read splitward/v1/+/%u/step
 """
 _EMBEDDED = """\
 id = 0
@@ -119,7 +115,7 @@ class Mosquitto:
         self._log = folder / "mosquitto.log"
         self._command = [program, "-c", str(folder / "mosquitto.conf")]
         settings = (
-            _MOSQUITTO.format(host=HOST, port=port, user=getpass.getuser())
+            (_OPEN + _LIMITS).format(host=HOST, port=port, user=getpass.getuser())
             if certificates is None
             else secured_settings(port, certificates)
         )
@@ -218,7 +214,7 @@ def secured_settings(port: int, certificates: Path) -> str:
     access = certificates / "broker.acl"
     access.write_text(_ACCESS)
     access.chmod(0o600)
-    return _SECURED.format(host=HOST, port=port, folder=certificates, user=getpass.getuser())
+    return (_SECURED + _LIMITS).format(host=HOST, port=port, folder=certificates, user=getpass.getuser())
 
 
 def free_port() -> int:

@@ -133,9 +133,11 @@ def test_a_device_reaches_its_own_topics_alone(hardened):
     for forged in (
         topics.activation("ward", "pi-1"),
         topics.status("ward", "pi-1"),
+        topics.train("ward", "pi-1"),
         topics.result("ward", "pi-2"),
     ):
         assert other.publish(forged) == 135  # not authorized
+    assert other.publish(topics.train("ward", "pi-2")) < 128
     assert other.publish(topics.status("ward", "pi-2")) < 128
     assert cloud.messages.get(timeout=10) == topics.status("ward", "pi-2")
 
