@@ -206,6 +206,33 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"accuracy": whole, "int8_bytes_saving": saving, "int8_accuracy_cost": cost}
 
 
+def format_page(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    rows = [
+        f"| {data} | {cell} | {value:.2f} | {value - cells['pooled']:+.2f} |"
+        for data, cells in result["accuracy"].items()
+        for cell, value in cells.items()
+    ]
+    saved = ", ".join(f"{data} {value:.2f} times" for data, value in result["int8_bytes_saving"].items())
+    cost = ", ".join(f"{data} {value:+.2f} points" for data, value in result["int8_accuracy_cost"].items())
+    chaos = result["chaos"]
+    equal = "are" if chaos["weights_equal_in_process"] else "are not"
+    return f"""# Training across sites
+
+Command: `{result["command"]}`. `training.jsonl` has a line for each training: classes at each site, bytes, settings.
+{SITES} sites, `sealed`, one seed, accuracy of the decision on test data. `pooled` is one site with all the images.
+
+| data | sites | accuracy % | beside pooled |
+| --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Bytes of a step, both ways: int8 saves {saved}; it costs {cost} of accuracy (negative: it is better).
+
+Kills of either side: {chaos["kills"]} over {chaos["steps"]} steps; {chaos["steps_lost"]} lost,
+{chaos["steps_twice"]} taken twice. The weights of both halves {equal} those of one process, bit for bit.
+"""
+
+
 def main() -> int:
     """Run what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -235,6 +262,7 @@ def main() -> int:
     result["command"] = "python -m benchmarks.training --data FOLDER"
     result["versions"] = versions()
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    given.out.with_suffix(".md").write_text(format_page(result), encoding="utf-8")
     return 0
 
 
