@@ -22,6 +22,7 @@ import torch
 from splitward.data import Dataset, open_dataset, phantom
 from splitward.data.partition import partition
 from splitward.method.fusion import rank_weights
+from splitward.training.guard import GuardSettings
 from splitward.training.loop import evaluate, reproducible, train
 from splitward.training.remote.client import Client
 from splitward.training.remote.plan import Arrangement, Plan, Precision
@@ -109,7 +110,11 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     plan = Plan(settings, cell.arrangement, sites, 1 if sites == 1 else data.rounds, precision=cell.precision)
     training = seed.to_bytes(16, "little")
     server = CountingServer(plan, training)
-    clients = [Client(f"site-{number}", training, part, settings.split) for number, part in enumerate(parts)]
+    guard = GuardSettings() if cell.precision == "float32" else None  # rounded gradients are not to be judged
+    clients = [
+        Client(f"site-{number}", training, part, settings.split, guard=guard)
+        for number, part in enumerate(parts)
+    ]
     run_together(server, clients)
     network = whole_network(clients[0])
     with reproducible(seed):

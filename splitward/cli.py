@@ -74,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--peer", action="append", default=[], help="with --over: fingerprint of another site's key"
     )
+    train.add_argument(
+        "--no-guard", action="store_true", help="with --over: do not watch for a hijacking cloud"
+    )
     _add_broker_options(train)
     train.set_defaults(run=_train)
 
@@ -243,6 +246,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
         who = Membership(
             *(arguments.site, arguments.device, arguments.training, frozenset(arguments.peer)),
+            guarded=not arguments.no_guard,
             broker=_broker_of(arguments),
         )
         run = train_at_site(dataset, settings, settings.split, arguments.out, who)

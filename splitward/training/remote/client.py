@@ -44,8 +44,6 @@ from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_tra
 SNAPSHOT_EVERY = 100
 """Answers between snapshots: a kill costs at most the time to take so many again."""
 EVALUATION_BATCH = 256
-CLEAR_STEPS = 8
-"""The guard judges rows of at least so many steps of a coarse message: smaller ones are more rounding than gradient."""
 NO_PLAN = bytes(16)
 NOTHING = np.zeros(1, np.int8)
 Course = Generator[dict[str, Any], TrainingMessage, None]
@@ -291,7 +289,7 @@ class Client:
         down = _stored(answer).real()
         if down.shape != sent.released.shape:
             raise TrainingError(f"the cloud answers a gradient of shape {tuple(down.shape)}; trust it no more.")
-        self._watch(down, trainer.wanted, answer.scale if plan.precision != "float32" else 0.0)
+        self._watch(down, trainer.wanted)
         trainer.end(down)
         place.totals.loss += loss * len(down)
         place.totals.right += right
@@ -387,10 +385,10 @@ class Client:
                 f"{_difference(plan.run.split, self._agreed)}. Give the same --defence, --values, --sigma and so on "
                 "as the training's maker, or refuse to take part."
             )
-        if plan.noise and self._guard is not None:
+        if self._guard is not None and (plan.noise or plan.precision != "float32"):
             raise TrainingError(
-                "the plan puts noise on gradients, which hides a hijacking from the guard. Take part with the guard "
-                "switched off, or have the training made without noise."
+                "the plan has noise on gradients, or rounds them: the guard takes it for a hijacking in the end. "
+                "Take part without the guard (--no-guard) if you trust the cloud, or have the training made without."
             )
         self.place.keys, self.place.frames = dict(told["keys"]), dict(told["frames"])
         own = base64.b64encode(self._key.public_key().public_bytes_raw()).decode()
@@ -436,14 +434,13 @@ class Client:
             | more
         )
 
-    def _watch(self, gradient: Tensor, labels: Tensor, step: float) -> None:
-        """Judge a gradient, coded in steps of `step`, before it is applied; the evidence comes before the error."""
+    def _watch(self, gradient: Tensor, labels: Tensor) -> None:
+        """Judge a gradient before it is applied; the evidence is on the disk before the error."""
         guard = self._guard
         if guard is None:
             return
         try:
-            clear = gradient.flatten(1).norm(dim=1) >= CLEAR_STEPS * step
-            guard.observe(gradient[clear].numpy(), labels[clear].numpy())
+            guard.observe(gradient.numpy(), labels.numpy())
         except HijackError as error:
             self._write_evidence(guard, gradient, labels, str(error))
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from splitward.data import Dataset
 from splitward.errors import TrainingError
 from splitward.method.split import SplitNetwork, SplitSettings
+from splitward.training.guard import GuardSettings
 from splitward.training.loop import describe, finish_run
 from splitward.training.remote.carrier import Broker, run_client, run_server
 from splitward.training.remote.client import Client
@@ -22,12 +23,16 @@ from splitward.training.settings import RunSettings
 
 @dataclass(frozen=True)
 class Membership:
-    """Who a site is in which training; `peers` are the fingerprints of the others' keys, if they are to be checked."""
+    """Who a site is in which training.
+
+    `peers` are the fingerprints of the others' keys, if they are to be checked; `guarded`: stop at a hijacking cloud.
+    """
 
     site: str
     device: str
     training: bytes
     peers: frozenset[str] = frozenset()
+    guarded: bool = True
     broker: Broker = field(default_factory=Broker)
 
 
@@ -55,6 +60,7 @@ def train_at_site(
         *(member.device, member.training, dataset.train, split),
         validation=dataset.validation,
         folder=remote,
+        guard=GuardSettings() if member.guarded else None,
         peers=member.peers | {Client.own_fingerprint(remote)} if member.peers else None,
     )
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from splitward.data import Dataset, Split, phantom
 from splitward.data.partition import partition
 from splitward.errors import TrainingError
+from splitward.training.guard import GuardSettings
 from splitward.training.loop import train
 from splitward.training.remote.client import Client
 from splitward.training.remote.envelope import open_envelope, seal
@@ -147,6 +148,15 @@ def test_a_site_takes_part_only_in_what_it_agreed_to(dataset):
     client = Client("site-0", TRAINING, dataset.train, split_settings(dataset, "none"), guard=None)
     ((_, reply),) = server.handle(client.device, client.request or b"")
     with pytest.raises(TrainingError, match="another network or defence"):
+        client.take(reply)
+
+
+def test_a_guard_takes_no_part_where_gradients_are_rounded(dataset):
+    settings = settings_for(dataset, "sealed")
+    server = Server(Plan(settings, precision="int8"), TRAINING)
+    client = open_client(dataset, settings, guard=GuardSettings())
+    ((_, reply),) = server.handle(client.device, client.request or b"")
+    with pytest.raises(TrainingError, match="--no-guard"):
         client.take(reply)
 
 
