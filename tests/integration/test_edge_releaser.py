@@ -19,7 +19,6 @@ from edge.agent import run_agent
 from edge.config import CaptureConfig, EdgeConfig, RuntimeConfig
 from edge.errors import BackendError, CaptureError, ReleaserError
 from firmware_sim.broker import Broker
-from firmware_sim.fleet import to_toml
 from firmware_sim.processes import children_of
 from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers, start_process
 
@@ -174,15 +173,18 @@ def test_several_sources_share_one_agent(tmp_path: Path, mosquitto: Broker, tiny
 def test_the_agent_loads_no_camera_library_and_no_numpy_beside_the_spool(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
 ) -> None:
-    config = configure(tmp_path, mosquitto, tiny_bundle, 5)
-    (tmp_path / "edge.toml").write_text(to_toml(config))
+    # More frames than the test waits for: a releaser that has none left ends.
+    capture = CaptureConfig(rate_hz=20, max_unanswered=8)
+    config = configure(tmp_path, mosquitto, tiny_bundle, 2000, capture=capture)
     with cloud_at(mosquitto) as cloud:
         process = start_process(config, tmp_path)
-        cloud.wait(lambda: len(cloud.answers) == 5)
-        (releaser,) = children_of(process.pid)
-        maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (process.pid, releaser)}
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=TIMEOUT_S)
+        try:
+            cloud.wait(lambda: len(cloud.answers) >= 5)
+            (releaser,) = children_of(process.pid)
+            maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in (process.pid, releaser)}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=TIMEOUT_S)
     assert all("/cv2" not in text for text in maps.values())
     assert "/numpy/" not in maps[process.pid]
     assert "/cryptography/" not in maps[process.pid] + maps[releaser]
