@@ -125,7 +125,10 @@ async function refresh() {
     fill(byId("devices"), fleetRows(devices));
     const paths = ["v1/models", "v1/bundles", "v1/accuracy", "v1/rollouts?limit=20", "v1/dead-letters?limit=20"];
     const [models, bundles, accuracy, rollouts, letters] = (await Promise.all(paths.map(get))).map((one) => one.body);
-    for (const { model, classes: names } of models.models) classes.set(model, names);
+    for (const { model, classes: names } of models.models) {
+      changed ||= !classes.has(model); // rows that were drawn without its names
+      classes.set(model, names);
+    }
     fill(byId("models"), modelRows(models.models, bundles.bundles, accuracy.models));
     if (!byId("rollouts").contains(document.activeElement)) { // a button in use is not taken away
       fill(byId("rollouts"), rolloutRows(rollouts.rollouts, halt));
