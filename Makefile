@@ -51,8 +51,8 @@ define apt
 	else echo "$(2): apt install $(1)"; fi
 endef
 
-# A real broker, a real database, a real browser, clocks that jump, and what reads the files of deploy/.
-TOOLS := mosquitto faketime postgresql chromium docker-compose prometheus
+# A real broker, a real database, a real browser, clocks that jump, disks that stall, and what reads the files of deploy/.
+TOOLS := mosquitto faketime strace postgresql chromium docker-compose prometheus
 tools:
 	$(call apt,$(TOOLS),tests that lack one of these are skipped)
 

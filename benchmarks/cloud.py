@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -103,6 +104,23 @@ def _wait(process: subprocess.Popen[bytes], url: str) -> None:
     raise RuntimeError(f"{url} does not answer.")
 
 
+def measure_speedup(folder: Path, card: Path, broker_port: int, frames: int, repeats: int) -> float:
+    """Results a second of two workers on a core each, over one store, beside those of one on one core."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for workers, found in rates.items():
+            for leftover in folder.glob("shared.db*"):
+                leftover.unlink()
+            with contextlib.ExitStack() as stack:
+                for number in range(1, workers + 1):
+                    server = stack.enter_context(serve("mqtt5", folder, card, broker_port, number))
+                    for task in Path(f"/proc/{server.process.pid}/task").iterdir():
+                        os.sched_setaffinity(int(task.name), {number - 1})
+                measure_mqtt(server, card, frames // 4)
+                found.append(measure_mqtt(server, card, frames)[1].results_per_s)
+    return round(statistics.median(rates[2]) / statistics.median(rates[1]), 2)
+
+
 def measure_mqtt(
     server: Server, card: Path, frames: int, devices: int = 10, **more: Any
 ) -> tuple[float, LoadReport]:
@@ -117,8 +135,8 @@ def measure_mqtt(
     return 1e6 * (server.cpu_s() - before_s) / report.results, report
 
 
-def measure_posts(server: Server, card: Path, frames: int) -> float:
-    """The same for a server that takes POSTs, 64 at a time."""
+def measure_posts(kind: str, server: Server, card: Path, frames: int) -> float:
+    """The same for a server that takes POSTs, 64 at a time; LitServe takes JSON."""
     law, model = read_server_card(card)[0].release, bytes(16)
     generator, boot = np.random.default_rng(0), os.urandom(16)
     bodies = [
@@ -135,6 +153,8 @@ def measure_posts(server: Server, card: Path, frames: int) -> float:
         )
         for n in range(frames)
     ]
+    if kind == "litserve":
+        bodies = [json.dumps({"message": base64.b64encode(body).decode()}).encode() for body in bodies]
 
     async def post() -> None:
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64), timeout=60) as client:
@@ -192,8 +212,8 @@ def main() -> int:
             for kind in rounds:
                 with serve(kind, folder, small, broker.port, 0) as server:
                     if kind in POSTS:
-                        measure_posts(server, small, given.frames // 10)
-                        rounds[kind].append(measure_posts(server, small, given.frames // 4))
+                        measure_posts(kind, server, small, given.frames // 10)
+                        rounds[kind].append(measure_posts(kind, server, small, given.frames // 4))
                         continue
                     measure_mqtt(server, small, given.frames // 4)
                     before = _read(server.address)
@@ -225,6 +245,7 @@ def main() -> int:
         with serve("mqtt5", folder, heavy, broker.port, 0) as server:
             measure_mqtt(server, heavy, 256)
             heavy_us = statistics.median(measure_mqtt(server, heavy, 1024)[0] for _ in range(given.repeats))
+        speedup = measure_speedup(folder, heavy, broker.port, 2048, given.repeats)
     result = {
         "cpu_us_per_inference": cpu,
         "ratios": {f"{kind}_over_mqtt5": round(cpu[kind]["total"] / cpu["mqtt5"]["total"], 2) for kind in cpu},
@@ -236,6 +257,7 @@ def main() -> int:
         "saturation_per_s": full,
         "p99_ms_half_load": statistics.median(one.p99_ms or 0 for one in half),
         "cpu_us_by_devices": by_devices,
+        "two_worker_speedup": speedup,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} beside it",
         "command": f"python -m benchmarks.cloud --frames {given.frames} --repeats {given.repeats}",
         "versions": versions(),

@@ -127,7 +127,14 @@ def serve_fastapi(config: CloudConfig) -> None:
     async def predict(request: Request) -> Response:
         return Response(answerer.answer([await request.body()])[0], media_type="application/json")
 
-    uvicorn.run(app, host=config.api.host, port=config.api.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host=config.api.host,
+        port=config.api.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=60,
+    )
 
 
 def main() -> Any:

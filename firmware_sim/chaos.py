@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -143,14 +144,17 @@ class Chaos:
     def _carry_out(self, event: Event, now_s: float) -> bool:
         """Let it happen; False when what it is aimed at is not there."""
         device, until_s = self._devices[event.device % len(self._devices)], now_s + event.lasts_s
-        if event.kind in ("kill_agent", "kill_releaser", "kill_cloud", "hang_releaser"):
+        if event.kind in ("kill_agent", "kill_releaser", "kill_cloud", "hang_releaser", "slow_disk"):
             blows: dict[str, Callable[[], bool]] = {
                 "kill_agent": device.kill,
                 "kill_releaser": lambda: device.signal_releaser(signal.SIGKILL),
                 "kill_cloud": lambda: self._cloud.kill(until_s),
                 "hang_releaser": lambda: device.signal_releaser(signal.SIGSTOP),
+                "slow_disk": lambda: device.slow_disk(event.value),
             }
             hit = blows[event.kind]()
+            if hit and event.kind == "slow_disk":
+                self._later.append((until_s, device.mend_disk))
         elif event.kind == "kill_broker":
             hit = self._broker_away_until_s is None
             if hit:
@@ -223,6 +227,8 @@ def run_chaos(
         raise ScenarioError("only root can mount the small disks that `disk_full` fills. Run it as root.")
     if "kill_database" in kinds and scenario.store == "sqlite":
         raise ScenarioError('SQLite lives in the cloud\'s process: `kill_database` needs store = "postgresql".')
+    if "slow_disk" in kinds and shutil.which("strace") is None:
+        raise ScenarioError("strace is missing, which `slow_disk` needs: apt install strace.")
     if "clock_jump" in kinds and not FAKETIME.exists():
         raise ScenarioError(f"{FAKETIME} is missing, which `clock_jump` needs: apt install faketime.")
     with ExitStack() as stack:

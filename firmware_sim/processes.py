@@ -33,6 +33,7 @@ class SimulatedDevice:
         self._clock = clock
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._tracer: subprocess.Popen[bytes] | None = None
         self._start_at_s = 0.0
         self._toml = folder / "edge.toml"
         self._toml.write_text(to_toml(config), encoding="utf-8")
@@ -88,6 +89,25 @@ class SimulatedDevice:
         """Give the space back."""
         (Path(self.config.device.state_dir) / "ballast").unlink(missing_ok=True)
 
+    def slow_disk(self, milliseconds: float) -> bool:
+        """Let every flush to the disk take so long, as on a worn card, until `mend_disk`; whether it is so now."""
+        if self._process is None or self._process.poll() is not None or self._tracer is not None:
+            return False
+        flushes, delay_us = "fsync,fdatasync", round(1000 * milliseconds)
+        self._tracer = subprocess.Popen(
+            ["strace", "-f", "-qqq", "-o", "/dev/null", "-p", str(self._process.pid)]
+            + ["-e", f"trace={flushes}", "-e", f"inject={flushes}:delay_enter={delay_us}"],
+            stderr=subprocess.DEVNULL,
+        )
+        return True
+
+    def mend_disk(self) -> None:
+        """Let the disk be as fast as it was."""
+        if self._tracer is not None:
+            self._tracer.terminate()
+            self._tracer.wait()
+            self._tracer = None
+
     def finish(self) -> None:
         """End the agent; then start it once more, until every frame is answered."""
         self.stop()
@@ -107,6 +127,7 @@ class SimulatedDevice:
 
     def stop(self) -> None:
         """End the agent politely, and then not."""
+        self.mend_disk()
         if self._process is None:
             return
         self._process.terminate()

@@ -17,6 +17,7 @@ Kind = Literal[
     "kill_broker",
     "kill_cloud",
     "disk_full",
+    "slow_disk",
     "clock_jump",
     "cut",
     "half_open",
@@ -25,7 +26,9 @@ Kind = Literal[
     "bandwidth",
     "kill_database",
 ]
-AIMED: frozenset[Kind] = frozenset({"kill_agent", "kill_releaser", "hang_releaser", "disk_full", "clock_jump"})
+AIMED: frozenset[Kind] = frozenset(
+    {"kill_agent", "kill_releaser", "hang_releaser", "disk_full", "slow_disk", "clock_jump"}
+)
 """What befalls one device; the rest befalls the network or the cloud."""
 
 
@@ -41,9 +44,10 @@ class Event(Struct, frozen=True, kw_only=True):
     device : int
         Number of the device, from 0, of a kind in `AIMED`.
     lasts_s : float
-        How long it lasts: how long a broker or a cloud worker is away, a disk is full, or a link is bad.
+        How long it lasts: how long a broker or a cloud worker is away, a disk is full or slow, or a link is bad.
     value : float
-        Hours of a clock's jump, forwards or back; milliseconds of latency; part that is lost; bytes a second.
+        Hours of a clock's jump, forwards or back; milliseconds of latency, or that a disk takes for a flush; part
+        that is lost; bytes a second.
     """
 
     at_s: Span
@@ -62,6 +66,7 @@ class Counts(Struct, frozen=True, kw_only=True):
     kill_broker: int = 0
     kill_cloud: int = 0
     disk_full: int = 0
+    slow_disk: int = 0
     clock_jump: int = 0
     cut: int = 0
     half_open: int = 0
@@ -142,12 +147,14 @@ _LASTS_S: dict[Kind, tuple[float, float]] = {
     "kill_cloud": (0.5, 8.0),
     "kill_database": (0.5, 8.0),
     "disk_full": (10.0, 40.0),
+    "slow_disk": (10.0, 40.0),
     "half_open": (5.0, 60.0),
     "latency": (5.0, 30.0),
     "loss": (5.0, 30.0),
     "bandwidth": (5.0, 30.0),
 }
 _VALUES: dict[Kind, tuple[float, float]] = {
+    "slow_disk": (50.0, 1000.0),
     "clock_jump": (1.0, 30.0),
     "latency": (50.0, 800.0),
     "loss": (0.02, 0.3),
