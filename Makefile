@@ -24,10 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup tools check ## everything but the emulated board; a skip says what is missing
-	$(BIN)/python -m pytest --ignore=tests/arm64 $(PYTEST)
+test: setup tools emulators check ## everything, the emulated device last; a skip says what is missing
+	$(BIN)/python -m pytest $(PYTEST)
 
-test-arm64: setup tools emulators ## the device under emulation: programs, container, whole machines; as root
+test-arm64: setup tools emulators ## the device under emulation alone: programs, container, whole machines
 	$(BIN)/python -m pytest tests/arm64 $(PYTEST)
 
 check: setup ## style, types, and who may import whom
@@ -60,7 +60,7 @@ tools:
 EMULATORS := qemu-user-static binfmt-support qemu-system-arm qemu-efi-aarch64 qemu-utils mtools dosfstools e2fsprogs \
 	squashfs-tools zstd kmod cpio rauc buildah passwd
 emulators:
-	$(call apt,$(EMULATORS),tests/arm64 needs root and)
+	$(call apt,$(EMULATORS),tests of the emulated device need root and are skipped without)
 
 image-container: ## the device's container for arm64, with buildah; OUT=FILE BASE=FOLDER
 	$(BIN)/hadolint Dockerfile.arm64

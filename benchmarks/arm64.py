@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 
 from firmware_sim.arm64 import activations
-from firmware_sim.arm64.machine import Kind
-from firmware_sim.arm64.stand import open_stand
-from firmware_sim.arm64.trial import DEVICE, open_machine, run_trial, serve_folder
+from firmware_sim.arm64.machine import Kind, Machine
+from firmware_sim.arm64.stand import Listener, Stand, open_stand
+from firmware_sim.arm64.trial import DEVICE, open_machine, run_trial, serve_folder, sign_again
 from firmware_sim.arm64.user import run_in_root
 from firmware_sim.scenario import Scenario
 from splitward.data import open_dataset
@@ -45,6 +46,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results" / "arm64.json"
 PARITY_IMAGES = 1000
 FRAMES = 100
+CUT_FRAMES = 1000
 START_LIMIT_S = 600.0
 MB = 1e6
 
@@ -165,52 +167,94 @@ def measure_start(bench: Bench, kind: Kind) -> dict[str, Any]:
     return {f"{kind}_first_ack_s": trial.first_ack_s, f"{kind}_stored": f"{trial.stored} of {trial.frames}"}
 
 
-def measure_power_cuts(bench: Bench) -> dict[str, Any]:
-    """Cut the power at random instants while a system update is fetched, installed and tried.
-
-    A cut counts as recovered when the device, started again, comes online with a whole model. At the end the
-    update must have arrived, and every frame must be in the store, once.
-    """
-    draw = random.Random(bench.seed)
+def measure_system_cuts(bench: Bench) -> dict[str, Any]:
+    """Cut the power at random instants while a system update is fetched, installed and tried."""
     settings = replace(bench.image_settings("update"), update_key=bench.folder / "keys" / "update.key")
     if not settings.out.exists():
         os.environ["SPLITWARD_IMAGE_VERSION"] = "2"
         build_image(settings, print)
         del os.environ["SPLITWARD_IMAGE_VERSION"]
-    frames = open_dataset("mnist").test.images[: 10 * FRAMES, 0]
-    folder = bench.folder / "cuts"
-    folder.mkdir(exist_ok=True)
-    recovered = 0
+    folder, draw = bench.folder / "system-cuts", random.Random(bench.seed)
+    frames = open_dataset("mnist").test.images[:CUT_FRAMES, 0]
     with (
-        open_stand(folder / "stand", DEVICE, server_card_path(bench.bundle)) as stand,
+        open_stand(folder / "stand", DEVICE, [server_card_path(bench.bundle)]) as stand,
         serve_folder(settings.out.parent) as port,
         open_machine("uefi", bench.image(), stand, frames, folder, port, rate_hz=5.0) as device,
     ):
-        listener = stand.listener
-        if listener is None:
-            raise SystemExit("nobody listens at the stand")
-        for number in range(bench.cuts + 1):
-            listener.forget()
-            device.wait(lambda: listener.is_online(DEVICE), START_LIMIT_S, f"the start after cut {number}")
-            recovered += number > 0
-            print(f"cuts {number}, online; {len(stand.stored())} stored", flush=True)
-            if number < bench.cuts:
-                time.sleep(draw.uniform(0.0, 40.0))
-                device.cut_power()
-                device.start()
-        device.wait(lambda: len(stand.stored()) >= len(frames), 2 * START_LIMIT_S, "the last result")
-        stored = len(stand.stored())
-    keep_serial(folder / "serial.log", "arm64-power-cuts")
-    return {
-        "power_cuts": {
-            "of": "system update",
-            "tried": bench.cuts,
-            "recovered": recovered,
-            "frames": len(frames),
-            "stored": stored,
-            "seed": bench.seed,
-        }
-    }
+        recovered = _cut(bench, device, stand, lambda: time.sleep(draw.uniform(0.0, 40.0)))
+        device.wait(lambda: "slot b has checked in" in device.read_serial(), START_LIMIT_S, "the update")
+        found = _end_cuts(device, stand, frames)
+    keep_serial(folder / "serial.log", "arm64-system-cuts")
+    return {"power_cuts_system": {"tried": bench.cuts, "recovered": recovered, "seed": bench.seed} | found}
+
+
+def measure_bundle_cuts(bench: Bench) -> dict[str, Any]:
+    """Cut the power at random instants while a bundle is fetched, staged, probed and tried.
+
+    There are two bundles of one network, and whichever the device does not run is rolled out before each cut.
+    """
+    folder, draw = bench.folder / "bundle-cuts", random.Random(bench.seed)
+    other = sign_again(bench.bundle, bench.key, folder / "other.bundle")
+    trusted = public_key_path(bench.key)
+    models = [read_bundle(path, read_trusted_key(trusted)).model.hex() for path in (bench.bundle, other)]
+    frames = open_dataset("mnist").test.images[:CUT_FRAMES, 0]
+    cards = [server_card_path(bench.bundle), server_card_path(other)]
+    with (
+        open_stand(folder / "stand", DEVICE, cards, trusted) as stand,
+        open_machine("virt", bench.image(), stand, frames, folder, rate_hz=5.0) as device,
+    ):
+        ran, rollouts = [], []
+        listener = _listener(stand)
+
+        def update() -> None:
+            if rollouts:
+                stand.halt(rollouts[-1])
+            ran.append(listener.model(DEVICE))
+            rollouts.append(stand.roll_out(models[1 - models.index(ran[-1])]))
+
+        def begin_one() -> None:
+            update()
+            time.sleep(draw.uniform(0.0, 20.0))
+
+        for path in (bench.bundle, other):
+            stand.upload(path)
+        recovered = _cut(bench, device, stand, begin_one)
+        update()
+        goal = models[1 - models.index(ran[-1])]
+        device.wait(lambda: listener.model(DEVICE) == goal, START_LIMIT_S, "the last update")
+        found = _end_cuts(device, stand, frames)
+    keep_serial(folder / "serial.log", "arm64-bundle-cuts")
+    changes = sum(one != two for one, two in pairwise(ran))
+    found |= {"updates_done_between_cuts": changes}
+    return {"power_cuts_bundle": {"tried": bench.cuts, "recovered": recovered, "seed": bench.seed} | found}
+
+
+def _cut(bench: Bench, device: Machine, stand: Stand, begin: Callable[[], None]) -> int:
+    """Cut the power after each `begin`; how often the device came online again, with a whole model."""
+    listener, recovered = _listener(stand), 0
+    for number in range(bench.cuts + 1):
+        listener.forget()
+        device.wait(lambda: listener.is_online(DEVICE), START_LIMIT_S, f"the start after cut {number}")
+        recovered += number > 0
+        print(f"cuts {number}, online; {len(stand.stored())} stored", flush=True)
+        if number < bench.cuts:
+            begin()
+            device.cut_power()
+            device.start()
+    return recovered
+
+
+def _end_cuts(device: Machine, stand: Stand, frames: Any) -> dict[str, int]:
+    """Wait for every frame's result; each is in the store once."""
+    device.wait(lambda: len(stand.stored()) >= len(frames), 2 * START_LIMIT_S, "the last result")
+    device.wait(lambda: _listener(stand).is_idle(DEVICE), START_LIMIT_S, "an empty spool")
+    return {"frames": len(frames), "stored": len(stand.stored())}
+
+
+def _listener(stand: Stand) -> Listener:
+    if stand.listener is None:
+        raise SystemExit("nobody listens at the stand")
+    return stand.listener
 
 
 def keep_serial(path: Path, name: str) -> None:
@@ -226,7 +270,8 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "virt": lambda bench: measure_start(bench, "virt"),
     "uefi": lambda bench: measure_start(bench, "uefi"),
     "raspi3b": lambda bench: measure_start(bench, "raspi3b"),
-    "power_cuts": measure_power_cuts,
+    "system_cuts": measure_system_cuts,
+    "bundle_cuts": measure_bundle_cuts,
 }
 
 
@@ -255,6 +300,8 @@ def record(part: str, found: dict[str, Any], load: float) -> None:
     """Add figures to the results, each part with its command and the load of the machine it was had on."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= found
+    cuts = [results[name] for name in ("power_cuts_system", "power_cuts_bundle") if name in results]
+    results["power_cuts"] = {name: sum(one[name] for one in cuts) for name in ("tried", "recovered")}
     parts = results.setdefault("parts", {})
     parts[part] = {"command": f"python -m benchmarks.arm64 --only {part}", "load_before": round(load, 1)}
     results["host"] = {

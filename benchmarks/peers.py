@@ -27,6 +27,9 @@ from splitward.wire.message import decode
 from splitward.wire.server import read_server_card
 from splitward.wire.tensor import dequantise
 
+SENDERS = 64
+"""Replies that aiomqtt sends at a time: it waits for each one's acknowledgement."""
+
 
 class AiomqttConnection:
     """The seam over aiomqtt, which acknowledges by itself, on arrival: faster than it could be if it were safe."""
@@ -37,14 +40,20 @@ class AiomqttConnection:
         self.lost = asyncio.Event()
         self._on_messages = on_messages
         self._client = aiomqtt.Client(
-            config.host, config.port, identifier=config.client_id, protocol=aiomqtt.ProtocolVersion.V5
+            config.host,
+            config.port,
+            identifier=config.client_id,
+            protocol=aiomqtt.ProtocolVersion.V5,
+            max_inflight_messages=SENDERS,
+            max_concurrent_outgoing_calls=SENDERS,
         )
         self._outbox: asyncio.Queue[tuple[str, bytes, bool]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         await self._client.__aenter__()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._send())]
+        senders = [asyncio.create_task(self._send()) for _ in range(SENDERS)]
+        self._tasks = [asyncio.create_task(self._receive()), *senders]
 
     async def subscribe(self, filters: Sequence[str]) -> None:
         for name in filters:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Any
 
 import torch
 
-from splitward.data import Dataset, open_dataset, phantom
+from benchmarks.training_trials import measure_hijack, measure_kills, measure_throughput
+from splitward.data import Dataset, open_dataset
 from splitward.data.partition import partition
 from splitward.method.fusion import rank_weights
 from splitward.training.guard import GuardSettings
-from splitward.training.loop import evaluate, reproducible, train
+from splitward.training.loop import evaluate, reproducible
 from splitward.training.remote.client import Client
 from splitward.training.remote.plan import Arrangement, Plan, Precision
 from splitward.training.remote.server import Replies, Server
@@ -142,54 +141,6 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     }
 
 
-def measure_kills(steps: int, kills: int, seed: int = 0) -> dict[str, Any]:
-    """One site, float32, no noise: both sides killed at random moments, against training in one process."""
-    dataset = phantom.load("mass", 28, seed=0, count=800)
-    batch = 16
-    epochs = -(-steps // (len(dataset.train) // batch))
-    settings = RunSettings(
-        "phantom", None, 28, split_settings(dataset, "none"), epochs=epochs, batch=batch, seed=seed
-    )
-    draw, struck, requests = random.Random(seed), 0, 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        wanted = train(dataset, settings, folder / "run", progress=False).load_network().state_dict()
-
-        def open_server() -> Server:
-            return Server(Plan(settings), bytes(16), folder / "server")
-
-        def open_client() -> Client:
-            site = ("site-0", bytes(16), dataset.train, settings.split)
-            return Client(*site, folder=folder / "site", guard=None, repeatable=True)
-
-        server, client = open_server(), open_client()
-        chance = kills / (epochs * len(dataset.train) / batch)
-        while client.request is not None:
-            requests += 1
-            ((_, reply),) = server.handle(client.device, client.request)
-            if draw.random() < chance and struck < kills:
-                struck += 1
-                if struck % 2:
-                    server.close()
-                    server = open_server()
-                else:
-                    client.close()
-                    client = open_client()
-                ((_, reply),) = server.handle(client.device, client.request or b"")
-            client.meanwhile()
-            client.take(reply)
-        found, (member,) = whole_network(client).state_dict(), server.session.members.values()
-    differing = [key for key in wanted if key != "server.weights" and not torch.equal(found[key], wanted[key])]
-    expected = 0 if client.trainer is None else client.trainer.schedule.steps
-    return {
-        "kills": struck,
-        "steps": expected,
-        "steps_lost": max(0, expected - member.steps),
-        "steps_twice": max(0, member.steps - expected),
-        "weights_equal_in_process": not differing,
-    }
-
-
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """`accuracy` by data set and cell, beside pooled, in percent on test data; what int8 costs and saves."""
     accuracy: dict[str, dict[str, Any]] = {}
@@ -220,7 +171,8 @@ def format_page(result: dict[str, Any]) -> str:
     ]
     saved = ", ".join(f"{data} {value:.2f} times" for data, value in result["int8_bytes_saving"].items())
     cost = ", ".join(f"{data} {value:+.2f} points" for data, value in result["int8_accuracy_cost"].items())
-    chaos = result["chaos"]
+    chaos, hijack = result["chaos"], result["hijack"]
+    seeds, found = (", ".join(str(one[key]) for one in hijack["trainings"]) for key in ("seed", "step"))
     equal = "are" if chaos["weights_equal_in_process"] else "are not"
     return f"""# Training across sites
 
@@ -235,6 +187,14 @@ Bytes of a step, both ways: int8 saves {saved}; it costs {cost} of accuracy (neg
 
 Kills of either side: {chaos["kills"]} over {chaos["steps"]} steps; {chaos["steps_lost"]} lost,
 {chaos["steps_twice"]} taken twice. The weights of both halves {equal} those of one process, bit for bit.
+
+A cloud that hijacks the training (sealed MNIST, seeds {seeds}) is
+stopped by the client at step {found}; its reconstructions then have
+an SSIM of at most {hijack["ssim_at_detection"]:.3f}, the image of the class alone {hijack["floor_ssim"]:.3f}.
+{hijack["false_alarms"]} of {hijack["honest_trainings"]} honest trainings of {hijack["steps"]} steps were stopped.
+
+Speed: at {result["throughput"]["rtt_ms"]:.0f} ms from site to cloud and back, journals on disk, `sealed`, batch
+{result["throughput"]["batch"]}: {100 * result["throughput_fraction_20ms"]:.0f} % of the steps a second of one process.
 """
 
 
@@ -262,7 +222,7 @@ def main() -> int:
                 file.write(json.dumps(lines[-1]) + "\n")
     chaos = measure_kills(2000, 30)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    result = before | summarise(lines) | {"chaos": chaos}
+    result = before | summarise(lines) | {"chaos": chaos} | measure_throughput() | measure_hijack()
     result["weights_equal_in_process"] = chaos["weights_equal_in_process"]
     result["command"] = "python -m benchmarks.training --data FOLDER"
     result["versions"] = versions()

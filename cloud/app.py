@@ -20,7 +20,7 @@ from cloud.engine import Engine, LocalEngine
 from cloud.enrolment import Enrolment
 from cloud.feed import Feed
 from cloud.guard import Guard
-from cloud.metrics import Metrics
+from cloud.metrics import CpuClock, Metrics
 from cloud.pipeline import Pipeline
 from cloud.problem import answer_with_problems
 from cloud.registry import Registry
@@ -28,6 +28,7 @@ from cloud.retention import keep_retention
 from cloud.rollout import Rollouts
 from cloud.routes import DASHBOARD, Service, router
 from cloud.store import Store
+from cloud.tracing import Tracing
 from cloud.transport import Transport, open_transport
 from splitward.wire.bundle import read_trusted_key
 
@@ -50,10 +51,10 @@ def create_app(
     ConfigError, BundleError
         The store's URL, the TLS files or a model cannot be used.
     """
-    metrics = Metrics()
+    metrics, tracing = Metrics(), Tracing(config.trace, config.broker.client_id)
     store = Store(config.store, metrics.cpu)
     if engine is None:
-        engine = LocalEngine(config.models, config.batch.max_size, config.engine, metrics.cpu)
+        engine = open_engine(config, metrics.cpu)
     if transport is None:
         transport = open_transport(config.broker)
     feed = Feed(metrics.events_dropped)
@@ -70,6 +71,7 @@ def create_app(
         store=store,
         metrics=metrics,
         feed=feed,
+        tracing=tracing,
         on_outcome=rollouts.note_outcome,
     )
     enrolment = Enrolment(store, authority, fleet)
@@ -92,6 +94,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
             await store.open()
             stack.push_async_callback(store.close)
             stack.push_async_callback(engine.stop)
@@ -103,16 +106,27 @@ def create_app(
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield
 
-    # FastAPI's own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="Splitward cloud", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's own pages of documentation load scripts from elsewhere, and its description asks for no token.
+    app = FastAPI(title="Splitward cloud", version="1", lifespan=lifespan, openapi_url=None)
     app.state.service = service
     app.include_router(router)
     app.include_router(api.router)
     app.mount("/dashboard", StaticFiles(directory=DASHBOARD))
     answer_with_problems(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OWN_NAMES, *config.api.names])
-    app.add_middleware(Guard, max_body_bytes=config.api.max_body_bytes, requests=metrics.requests)
+    app.add_middleware(
+        Guard, max_body_bytes=config.api.max_body_bytes, requests=metrics.requests, tracing=tracing
+    )
     return app
+
+
+def open_engine(config: CloudConfig, clock: CpuClock) -> Engine:
+    """The configured engine, not yet started."""
+    if config.engine.kind == "local":
+        return LocalEngine(config.models, config.batch.max_size, config.engine, clock)
+    from cloud.ray_engine import RayEngine  # Ray is an extra
+
+    return RayEngine(config.models, config.batch.max_size, config.engine)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

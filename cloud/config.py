@@ -116,11 +116,37 @@ class BatchConfig(msgspec.Struct, frozen=True):
     max_wait_ms: Annotated[float, msgspec.Meta(ge=0)] = 4.0
 
 
+class RayConfig(msgspec.Struct, frozen=True):
+    """Replicas of each server half on a Ray cluster.
+
+    Attributes
+    ----------
+    address : str
+        Of the cluster, as `ray.init` takes it, such as "auto"; empty: a cluster of this process's own.
+    min_replicas, max_replicas : int
+        Ray Serve chooses between them, by the batches that wait.
+    gpus : float
+        GPUs, or the part of one, that a replica needs.
+    patience_s : float
+        How long a batch may wait for a replica.
+    """
+
+    address: str = ""
+    min_replicas: Count = 1
+    max_replicas: Count = 4
+    gpus: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    patience_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+
+
 class EngineConfig(msgspec.Struct, frozen=True):
     """With what the server half computes.
 
     Attributes
     ----------
+    kind : "local" or "ray"
+        In this process, or on a Ray cluster.
+    batches_at_once : int
+        Batches on their way at a time; with "ray", two for each replica.
     backend : "auto", "compiled" or "torch"
         "auto" compiles for the CPU where the model allows it.
     device : str
@@ -129,9 +155,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
         Threads that one server half computes with.
     """
 
+    kind: Literal["local", "ray"] = "local"
+    batches_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     backend: Literal["auto", "compiled", "torch"] = "auto"
     device: str = "cpu"
     threads: Count = 1
+    ray: RayConfig = RayConfig()
 
 
 class LimitsConfig(msgspec.Struct, frozen=True):
@@ -183,6 +212,24 @@ class LogConfig(msgspec.Struct, frozen=True):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
+class TraceConfig(msgspec.Struct, frozen=True):
+    """OpenTelemetry traces.
+
+    Attributes
+    ----------
+    endpoint : str
+        Where a collector takes OTLP over HTTP, such as `http://127.0.0.1:4318/v1/traces`; empty: no traces.
+    share : float
+        Share of the batches and requests that are traced.
+    timeout_s : float
+        Longest wait for the collector; spans that it does not take are dropped.
+    """
+
+    endpoint: str = ""
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+
+
 class CloudConfig(msgspec.Struct, frozen=True):
     """All of `cloud.toml`. Paths are relative to the working directory."""
 
@@ -195,6 +242,7 @@ class CloudConfig(msgspec.Struct, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     fleet: FleetConfig = FleetConfig()
     log: LogConfig = LogConfig()
+    trace: TraceConfig = TraceConfig()
 
 
 def read_cloud_config(path: Path) -> CloudConfig:

@@ -17,7 +17,7 @@ from cloud.metrics import CpuClock
 from cloud.server_half import Scores, load_half
 from splitward.wire.server import ServerCard, read_server_card
 
-SMALLER_SIZES = (4, 8, 16)
+SMALLER_SIZES = (4, 8, 16, 32)
 __all__ = ["Engine", "LocalEngine", "Scores", "SizedHalf"]
 
 

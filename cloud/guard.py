@@ -9,7 +9,9 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cloud.logs import request_id
 from cloud.problem import Problem
+from cloud.tracing import Tracing
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -28,8 +30,9 @@ UPLOAD = "/v1/bundles"
 class Guard:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, requests: Counter) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, requests: Counter, tracing: Tracing) -> None:
         self._app = app
+        self._tracing = tracing
         self._max_body_bytes = max_body_bytes
         self._requests = requests
 
@@ -39,12 +42,14 @@ class Guard:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         identifier = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        taken = 0
+        status = taken = 0
 
         async def send_guarded(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message).update(SECURITY_HEADERS | {"X-Request-ID": identifier})
-                self._requests.labels(scope["method"][:16], message["status"]).inc()
+                self._requests.labels(scope["method"][:16], status).inc()
             await send(message)
 
         async def receive_bounded() -> Message:
@@ -55,4 +60,11 @@ class Guard:
                 raise Problem(413, "oversize", f"a body has at most {self._max_body_bytes} bytes.")
             return message
 
-        await self._app(scope, receive_bounded, send_guarded)
+        token = request_id.set(identifier)
+        try:
+            with self._tracing.span("request", method=scope["method"][:16], request_id=identifier) as span:
+                await self._app(scope, receive_bounded, send_guarded)
+                if span is not None:  # the route is a pattern: no device, no query
+                    span.set_attributes({"route": getattr(scope.get("route"), "path", ""), "status": status})
+        finally:
+            request_id.reset(token)

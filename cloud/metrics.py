@@ -72,7 +72,10 @@ class Metrics:
             registry=registry,
         )
         self.rollouts = Gauge(
-            "splitward_rollouts", "Roll-outs of bundles by state.", ["state"], registry=registry
+            "splitward_rollouts",
+            "Roll-outs of bundles that run, or ended within the hour, by state.",
+            ["state"],
+            registry=registry,
         )
         self.cpu = CpuClock()
         registry.register(self.cpu)

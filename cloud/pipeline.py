@@ -1,8 +1,8 @@
 """The way of one message: decode, check, deduplicate, batch, infer, commit, reply, acknowledge.
 
 Nothing is acknowledged before its result is committed, so what is interrupted comes again; and a frame that
-comes again is answered from the store, so nothing is counted twice. Two batches are on their way at a time: one
-computes while the other commits.
+comes again is answered from the store, so nothing is counted twice. Two or more batches are on their way at a time:
+one computes while the other commits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cloud.ledger import Ledger
 from cloud.metrics import Metrics
 from cloud.record import Key, Record
 from cloud.store import Store
+from cloud.tracing import Tracing
 from cloud.transport import Delivery, Transport
 from splitward.errors import MessageError, WireError
 from splitward.wire import topics
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 30.0
-BATCHES_AT_ONCE = 2
 TOPICS_KEPT = 1 << 16
 
 Answers = dict[Key, Record | MessageError]
@@ -66,6 +66,7 @@ class Pipeline:
         store: Store,
         metrics: Metrics,
         feed: Feed,
+        tracing: Tracing | None = None,
         on_outcome: OnOutcome = lambda *_: None,
     ) -> None:
         self._transport = transport
@@ -73,7 +74,9 @@ class Pipeline:
         self._store = store
         self._metrics = metrics
         self._feed = feed
+        self._tracing = tracing or Tracing(config.trace, config.broker.client_id)
         self._limits = config.limits
+        self._batches_at_once = config.engine.batches_at_once
         self._on_outcome = on_outcome
         self._ledger = Ledger(store, metrics, config.store.max_dead_letters)
         self._batcher: Batcher[Arrival] = Batcher(config.batch.max_size, config.batch.max_wait_ms / 1000)
@@ -86,7 +89,7 @@ class Pipeline:
 
     async def start(self) -> None:
         """Begin to consume."""
-        workers = [asyncio.create_task(self._work()) for _ in range(BATCHES_AT_ONCE)]
+        workers = [asyncio.create_task(self._work()) for _ in range(self._batches_at_once)]
         self._tasks = [asyncio.create_task(self._ledger.keep()), *workers]
         await self._transport.start(self.take)
 
@@ -149,7 +152,8 @@ class Pipeline:
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                await self._answer(card, arrivals)
+                with self._tracing.span("batch", model=card.name, frames=len(arrivals)):
+                    await self._answer(card, arrivals)
                 break
             except CloudError as error:
                 self.failing = str(error)
@@ -179,7 +183,8 @@ class Pipeline:
             fresh.setdefault(arrival.key, arrival)
         first = set(map(id, fresh.values()))
         answers: Answers = {}
-        answers.update(await cpu.follow("store", self._store.find(fresh.keys())))
+        with self._tracing.span("find"):
+            answers.update(await cpu.follow("store", self._store.find(fresh.keys())))
         for key in answers:
             del fresh[key]
         records: list[Record] = []
@@ -187,10 +192,13 @@ class Pipeline:
             answers.update(await self._decide(card, list(fresh.values())))
             records = [answer for key in fresh if isinstance(answer := answers[key], Record)]
         if records:
-            earlier = await cpu.follow("store", self._store.add(records))  # another batch or worker was first
+            with self._tracing.span("commit", frames=len(records)):
+                earlier = await cpu.follow(
+                    "store", self._store.add(records)
+                )  # another batch or worker was first
             answers.update(earlier)
         self.failing = None
-        with cpu.measure("publish"):
+        with self._tracing.span("reply"), cpu.measure("publish"):
             self._feed.publish(records, fresh)
             self._measure(records)
             self._reply(arrivals, answers, {key for key, one in fresh.items() if id(one) in first})
@@ -201,7 +209,10 @@ class Pipeline:
         values = dequantise(stacked, card.release.scale)
         self._metrics.batch_size.observe(len(arrivals))
         try:
-            scores = await self._engine.infer(bytes.fromhex(card.model), values)
+            with self._tracing.span("infer", frames=len(arrivals)):
+                scores = await self._engine.infer(bytes.fromhex(card.model), values)
+        except EngineError:
+            raise  # the engine knows that it is not the batch's fault
         except Exception as error:  # noqa: BLE001  # whatever a network raises, the service goes on
             await self._probe(card, error)
             if len(arrivals) == 1:

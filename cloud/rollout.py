@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import audit, tables
@@ -39,6 +39,8 @@ PERIOD_S = 1.0
 LEASE_S = 15.0
 MAX_OUTCOMES = 10_000
 RUNNING = ("canary", "rolling")
+STATES = (*RUNNING, "done", "halted")
+RECENT_NS = 3600 * 10**9
 OPEN = ("sent", "accepted")
 BAD = ("refused", "rolled_back", "failed")
 
@@ -104,6 +106,7 @@ class Rollouts:
                 await self.write_outcomes()
                 if await self._take_lease():
                     await self.step()
+                await self.count()
             except CloudError as error:
                 self._metrics.failures.labels("rollout").inc()
                 log.warning("roll-outs: %s", error)
@@ -163,11 +166,18 @@ class Rollouts:
         rows = await self._store.read(select(tables.rollouts).where(tables.rollouts.c.state.in_(RUNNING)))
         for row in rows:
             await self._advance(dict(row))
+
+    async def count(self) -> None:
+        """Tell the metrics how many roll-outs run, and how many ended within the last hour."""
+        state, changed_at_ns = tables.rollouts.c.state, tables.rollouts.c.changed_at_ns
         counted = await self._store.read(
-            select(tables.rollouts.c.state, func.count().label("count")).group_by(tables.rollouts.c.state)
+            select(state, func.count().label("count"))
+            .where(or_(state.in_(RUNNING), changed_at_ns > time.time_ns() - RECENT_NS))
+            .group_by(state)
         )
-        for one in counted:
-            self._metrics.rollouts.labels(one["state"]).set(one["count"])
+        counts = {one["state"]: one["count"] for one in counted}
+        for name in STATES:
+            self._metrics.rollouts.labels(name).set(counts.get(name, 0))
 
     async def write_outcomes(self) -> None:
         """Write what devices said; a later state of an order never gives way to `accepted`."""

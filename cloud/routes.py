@@ -91,6 +91,12 @@ async def metrics(parts: Parts, _caller: Reader) -> Response:
     return Response(parts.metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.get("/openapi.json", include_in_schema=False)
+async def description(request: Request, _caller: Reader) -> Response:
+    """The API's description."""
+    return as_json(request.app.openapi())
+
+
 def as_json(value: Any, status: int = 200, media_type: str = "application/json") -> Response:
     """`value` as JSON."""
     return Response(msgspec.json.encode(value), status, media_type=media_type)

@@ -93,12 +93,7 @@ class SimulatedDevice:
         """Let every flush to the disk take so long, as on a worn card, until `mend_disk`; whether it is so now."""
         if self._process is None or self._process.poll() is not None or self._tracer is not None:
             return False
-        flushes, delay_us = "fsync,fdatasync", round(1000 * milliseconds)
-        self._tracer = subprocess.Popen(
-            ["strace", "-f", "-qqq", "-o", "/dev/null", "-p", str(self._process.pid)]
-            + ["-e", f"trace={flushes}", "-e", f"inject={flushes}:delay_enter={delay_us}"],
-            stderr=subprocess.DEVNULL,
-        )
+        self._tracer = delay_flushes(self._process.pid, milliseconds)
         return True
 
     def mend_disk(self) -> None:
@@ -205,6 +200,18 @@ class SimulatedCloud:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+
+def delay_flushes(pid: int, milliseconds: float) -> subprocess.Popen[bytes]:
+    """Let every flush of a process to its disk take so much longer, until what is returned is ended."""
+    flushes, delay_us = "fsync,fdatasync", round(1000 * milliseconds)
+    return subprocess.Popen(
+        [
+            *("strace", "-f", "-qqq", "-o", "/dev/null", "-p", str(pid)),
+            *("-e", f"trace={flushes}", "-e", f"inject={flushes}:delay_enter={delay_us}"),
+        ],
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def children_of(pid: int) -> list[int]:

@@ -115,22 +115,34 @@ class FaultProxy:
                 one.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward in order. Chunks that are late are late together, as on a long line; they do not wait in turn."""
+        loop, due_s = asyncio.get_running_loop(), 0.0
         with contextlib.suppress(OSError):
             while chunk := await reader.read(CHUNK_BYTES):
-                await self._suffer(len(chunk))
-                writer.write(chunk)
-                await writer.drain()
+                delay_s = await self._suffer(len(chunk))
+                if not delay_s and due_s <= loop.time():
+                    writer.write(chunk)
+                    await writer.drain()
+                    continue
+                due_s = max(due_s, loop.time() + delay_s)
+                loop.call_at(due_s, _write, writer, chunk)
+        await asyncio.sleep(due_s - loop.time())
         writer.close()
 
-    async def _suffer(self, size: int) -> None:
+    async def _suffer(self, size: int) -> float:
+        """Wait for what holds up every byte behind it; seconds that this chunk is late beyond that."""
         while self.toxics.half_open:
             await asyncio.sleep(0.05)
         bad, draw = self.toxics, self._random
-        delay_s = max(0.0, bad.latency_ms + draw.uniform(-1, 1) * bad.jitter_ms) / 1e3
-        delay_s += RETRANSMISSION_S if draw.random() < bad.loss else 0.0
-        delay_s += size / bad.bytes_per_s if bad.bytes_per_s else 0.0
-        if delay_s:
-            await asyncio.sleep(delay_s)
+        if bad.bytes_per_s:
+            await asyncio.sleep(size / bad.bytes_per_s)
+        late_s = max(0.0, bad.latency_ms + draw.uniform(-1, 1) * bad.jitter_ms) / 1e3
+        return late_s + (RETRANSMISSION_S if draw.random() < bad.loss else 0.0)
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+
+def _write(writer: asyncio.StreamWriter, chunk: bytes) -> None:
+    if not writer.is_closing():
+        writer.write(chunk)

@@ -35,6 +35,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The emulated device last: it takes the longest, and what it is made of is tested by then."""
+    items.sort(key=lambda item: "arm64" in Path(item.path).parts)
+
+
 @pytest.fixture
 def mosquitto() -> Iterator[Broker]:
     """A mosquitto of the test's own."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,12 @@ class Listener:
             heard = self._statuses.get(device)
             return heard is not None and heard[-1].state == "online" and heard[-1].queued == 0
 
+    def model(self, device: str) -> str:
+        """Id of the model that `device` runs, as far as it said."""
+        with self._lock:
+            heard = self._statuses.get(device)
+            return heard[-1].model if heard else ""
+
     def results(self, device: str) -> set[tuple[str, int]]:
         """Boot and sequence of every result that went to `device`."""
         with self._lock:
@@ -100,11 +106,13 @@ class Stand:
     instead: the cloud's own authority certifies everyone, and `token` is the device's. It needs a clock for that.
     """
 
-    def __init__(self, folder: Path, device: str, card: Path, trusted_key: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str, cards: Sequence[Path], trusted_key: Path | None = None
+    ) -> None:
         self.folder, self.device = folder, device
         self.port, self.api_port = free_port(), free_port()
         self.token = ""
-        self._write_settings(card, trusted_key)
+        self._write_settings(cards, trusted_key)
         if trusted_key is not None:
             for service in ("broker", "cloud"):
                 self._certify(service)
@@ -150,6 +158,23 @@ class Stand:
             ).fetchall()
         return {(boot, sequence) for boot, sequence in rows}
 
+    def upload(self, bundle: Path) -> None:
+        """Add a bundle to the cloud's registry."""
+        if self._ask("/v1/bundles", bundle.read_bytes()) is None:
+            raise EmulationError(f"the cloud does not take {bundle}: see {self.folder / 'cloud.log'}.")
+
+    def roll_out(self, model: str) -> str:
+        """Roll a bundle of the registry out, whatever its age; the id by which `halt` ends it."""
+        body = {"model": model, "canary_share": 1.0, "allow_older": True, "roll_back": False}
+        answer = self._ask("/v1/rollouts", body)
+        if answer is None:
+            raise EmulationError(f"no roll-out of {model}: see {self.folder / 'cloud.log'}.")
+        return str(json.loads(answer)["id"])
+
+    def halt(self, rollout: str) -> None:
+        """End a roll-out, if it has not ended."""
+        self._ask(f"/v1/rollouts/{rollout}/halt", {})
+
     def credentials(self) -> dict[str, Path]:
         """Files that the device's card carries in `import`."""
         authority = {"import/ca.pem": self.folder / "ca.pem"}
@@ -172,14 +197,14 @@ class Stand:
     def _command(self) -> list[str]:
         return [sys.executable, "-m", "cloud", "--config", str(self.folder / "cloud.toml")]
 
-    def _write_settings(self, card: Path, trusted_key: Path | None) -> None:
+    def _write_settings(self, cards: Sequence[Path], trusted_key: Path | None) -> None:
         folder, names = self.folder, (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))
         tls = {name: str(folder / file) for name, file in names}
         fleet: dict[str, Any] = {"state_dir": str(folder / "fleet")}
         if trusted_key is not None:
             fleet |= {"trusted_key": str(trusted_key), "broker_host": GUEST_HOST, "broker_port": self.port}
         tables = {
-            "models": [str(card)],
+            "models": [str(card) for card in cards],
             "broker": {"port": self.port, "tls": tls},
             "api": {"port": self.api_port, "cert": tls["cert"], "key": tls["key"], "names": [GUEST_HOST]},
             "store": {"url": f"sqlite+aiosqlite:///{folder}/cloud.db"},
@@ -194,12 +219,13 @@ class Stand:
         if done.returncode:
             raise EmulationError(f"no certificate for the {service}: {done.stderr.strip()}")
 
-    def _ask(self, path: str, body: dict[str, str] | None = None) -> bytes | None:
-        """What the cloud's API answers; None when it does not."""
+    def _ask(self, path: str, body: bytes | dict[str, Any] | None = None) -> bytes | None:
+        """What the cloud's API answers; None when it does not, or refuses."""
+        given, kind = (body, "octet-stream") if isinstance(body, bytes) else (json.dumps(body).encode(), "json")
         request = urllib.request.Request(  # our own address
             f"https://127.0.0.1:{self.api_port}{path}",
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            None if body is None else given,
+            {"Content-Type": f"application/{kind}"},
         )
         trust = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
         try:
@@ -214,10 +240,12 @@ class Stand:
 
 
 @contextmanager
-def open_stand(folder: Path, device: str, card: Path, trusted_key: Path | None = None) -> Iterator[Stand]:
-    """Stand for one device, whose server half is described at `card`, until the context ends; see `Stand`."""
+def open_stand(
+    folder: Path, device: str, cards: Sequence[Path], trusted_key: Path | None = None
+) -> Iterator[Stand]:
+    """Stand for one device, whose server halves are described at `cards`, until the context ends; see `Stand`."""
     folder.mkdir(parents=True, exist_ok=True)
-    stand = Stand(folder, device, card, trusted_key)
+    stand = Stand(folder, device, cards, trusted_key)
     try:
         stand.start_broker()
         stand.listener = Listener(folder, stand.port)

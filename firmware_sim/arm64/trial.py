@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from firmware_sim.arm64.user import EmulationError
 from firmware_sim.errors import ScenarioError
 from firmware_sim.scenario import Scenario, plan
 from splitward.config import format_toml
+from splitward.wire.bundle import read_bundle, read_signing_key, write_bundle
+from splitward.wire.server import read_server_card, server_card_path, write_server_card
 
 DEVICE = "device-1"
 IMPORTS = "/var/lib/splitward/import"
@@ -82,7 +86,7 @@ def run_trial(
         raise ScenarioError(f"a machine cannot be dealt {', '.join(unknown)}, only {', '.join(sorted(BLOWS))}.")
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        open_stand(folder / "stand", DEVICE, card) as stand,
+        open_stand(folder / "stand", DEVICE, [card]) as stand,
         open_machine(kind, image, stand, frames, folder, rate_hz=scenario.rate_hz) as device,
     ):
         listener = stand.listener
@@ -134,6 +138,7 @@ def site_text(stand: Stand, update_port: int | None, rate_hz: float) -> str:
         "agent": {
             "capture": {"kind": "simulator", "path": f"{IMPORTS}/frames.npz", "rate_hz": rate_hz},
             "link": {"status_s": 1.0, "retry_s": 2.0, "reconnect_max_s": 2.0},
+            "update": {"trial_s": 5.0},
         },
     }
     if update_port is not None:
@@ -165,6 +170,24 @@ def serve_folder(folder: Path) -> Iterator[int]:
             yield server.server_address[1]
         finally:
             server.shutdown()
+
+
+def sign_again(bundle: Path, key: Path, target: Path) -> Path:
+    """A bundle of the same network under another name, newer by a second, with its server card; its path."""
+    signer = read_signing_key(key)
+    whole = read_bundle(bundle, signer.public_key())
+    newer = datetime.fromisoformat(whole.manifest.created_at) + timedelta(seconds=1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    manifest = msgspec.structs.replace(whole.manifest, name=target.stem, created_at=newer.isoformat())
+    model = write_bundle(target, manifest, whole.files, signer)
+    card, weights = read_server_card(server_card_path(bundle))
+    copied = target.with_name(target.stem + ".server.safetensors")
+    copied.write_bytes(weights.read_bytes())
+    write_server_card(
+        server_card_path(target),
+        msgspec.structs.replace(card, model=model.hex(), name=target.stem, weights=copied.name),
+    )
+    return target
 
 
 def format_trial(trial: Trial) -> str:

@@ -200,7 +200,7 @@ def run_trial(
         What `dataset` was opened from, for the run settings.
     """
     split = split_settings(dataset, profile)
-    attack, floor = hijack or HijackSettings(), _class_mean_ssim(dataset)
+    attack, floor = hijack or HijackSettings(), class_mean_ssim(dataset)
 
     def run(seed: int, steps: int, server: HijackSettings | None = None) -> Course:
         settings = RunSettings(data, dataset.task, None, split, epochs=1, batch=BATCH, seed=seed)
@@ -242,7 +242,7 @@ def _summarise(courses: Sequence[Course], floor: float) -> dict[str, Any]:
     }
 
 
-def _class_mean_ssim(dataset: Dataset) -> float:
+def class_mean_ssim(dataset: Dataset) -> float:
     """SSIM of the class-mean image on the targets: what the label alone gives the server."""
     shadow, targets = to_unit(frames_of(dataset.validation)), to_unit(frames_of(dataset.test)[:TARGETS])
     labels = torch.from_numpy(dataset.test.labels[:TARGETS])

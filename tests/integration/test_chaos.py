@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from importlib.resources import files
@@ -17,7 +20,7 @@ import pytest
 
 from firmware_sim.chaos import run_chaos
 from firmware_sim.errors import ScenarioError
-from firmware_sim.processes import FAKETIME
+from firmware_sim.processes import FAKETIME, delay_flushes
 from firmware_sim.proxy import FaultProxy, Toxics
 from firmware_sim.scenario import Counts, Event, Scenario, plan
 from splitward.config import read_config
@@ -99,8 +102,51 @@ def test_chaos_loses_and_doubles_nothing(
         "database": counts.kill_database,
     }
     assert report.faults["disk_full"] == counts.disk_full
+    assert report.faults["slow_disk"] == counts.slow_disk
     assert report.faults["clock_jump"] == counts.clock_jump
     assert report.complete
+
+
+@pytest.mark.parametrize(("limit_mb", "answered"), [(512, 20), (96, 0)])
+def test_the_agent_lives_within_a_small_boards_memory(
+    tmp_path: Path, mosquitto: Any, served_bundle: Any, limit_mb: int, answered: int
+) -> None:
+    np.savez(tmp_path / "r.npz", images=np.zeros((20, 8, 8), np.uint8))
+    scenario = Scenario(
+        devices=1,
+        frames=20,
+        duration_s=3.0,
+        heal_s=60.0 if answered else 5.0,
+        rate_hz=50.0,
+        variants=("onnx-float32",),
+        memory_bytes=limit_mb << 20,
+    )
+    report = run_chaos(scenario, tmp_path / "r.npz", served_bundle.path, served_bundle.trusted_key)
+    assert report.results == answered
+    assert report.complete == bool(answered)
+
+
+def test_a_slow_disk_is_slow_until_it_is_mended(tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing: apt install strace")
+    program = "import os, time\nfile = os.open('f', os.O_RDWR | os.O_CREAT)\nwhile True:\n"
+    program += " began = time.monotonic()\n os.fdatasync(file)\n print(time.monotonic() - began, flush=True)\n"
+    flusher = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert flusher.stdout is not None
+    tracer = delay_flushes(flusher.pid, 250.0)
+    try:
+        while float(flusher.stdout.readline()) < 0.25:
+            pass  # those before the tracer came
+        assert float(flusher.stdout.readline()) >= 0.25
+        tracer.terminate()
+        tracer.wait(10)
+        for _ in range(2):
+            flusher.stdout.readline()  # under way at the time
+        assert float(flusher.stdout.readline()) < 0.25
+    finally:
+        flusher.kill()
+        flusher.wait()
+        flusher.stdout.close()
 
 
 @pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)

@@ -13,7 +13,15 @@ import pytest
 from fastapi import FastAPI
 
 from cloud.app import create_app
-from cloud.config import ApiConfig, BatchConfig, CloudConfig, FleetConfig, LimitsConfig, StoreConfig
+from cloud.config import (
+    ApiConfig,
+    BatchConfig,
+    CloudConfig,
+    FleetConfig,
+    LimitsConfig,
+    StoreConfig,
+    TraceConfig,
+)
 from cloud.engine import Scores
 from cloud.errors import TransportError
 from cloud.transport import Delivery
@@ -171,6 +179,7 @@ def run_cloud(tmp_path: Path) -> Callable:
             fleet=FleetConfig(state_dir=str(tmp_path / "fleet"), **changes.get("fleet", {})),
             api=changes.get("api", ApiConfig()),
             limits=changes.get("limits", LimitsConfig()),
+            trace=changes.get("trace", TraceConfig()),
             batch=BatchConfig(max_size=4, max_wait_ms=changes.get("max_wait_ms", 1)),
         )
         transport, engine = FakeTransport(), FakeEngine()

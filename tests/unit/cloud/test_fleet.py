@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import logging
 import time
 
 import pytest
@@ -16,6 +18,7 @@ from sqlalchemy import update
 from cloud import audit, tables
 from cloud.authority import RENEWAL
 from cloud.config import ApiConfig
+from cloud.logs import JsonFormatter, TextFormatter
 from splitward.wire import topics
 from splitward.wire.control import Outcome, Status, encode_control
 from splitward.wire.orders import Announcement, Command, decode_order
@@ -125,6 +128,7 @@ async def test_every_route_but_a_devices_own_needs_a_token_off_loopback(run_clou
                 assert answer.status_code == 401, (method, path)
                 asked += 1
         assert asked > 15
+        assert (await cloud.http.get("/openapi.json")).status_code == 401
 
 
 async def test_too_many_requests_are_refused(run_cloud):
@@ -140,6 +144,22 @@ async def test_a_body_is_bounded_and_every_answer_has_an_id(run_cloud):
     assert (answer.status_code, answer.json()["reason"]) == (413, "oversize")
     assert answer.headers["x-request-id"]
     assert named.headers["x-request-id"] == "mine"
+
+
+async def test_what_is_logged_within_a_request_tells_its_id(run_cloud, monkeypatch):
+    lines = []
+
+    def fail() -> bytes:
+        record = logging.LogRecord("cloud", logging.WARNING, "", 0, "within", (), None)
+        lines.extend(formatter().format(record) for formatter in (JsonFormatter, TextFormatter))
+        return b""
+
+    async with run_cloud() as cloud:
+        monkeypatch.setattr(cloud.parts.metrics, "expose", fail)
+        await cloud.http.get("/metrics", headers={"X-Request-ID": "mine"})
+    assert json.loads(lines[0])["request_id"] == "mine"
+    assert lines[1].endswith("within [mine]")
+    assert "mine" not in TextFormatter().format(logging.LogRecord("cloud", 30, "", 0, "outside", (), None))
 
 
 async def test_a_bundle_is_verified_kept_and_served_by_ticket(fleet, tiny_bundle):
