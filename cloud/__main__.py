@@ -114,6 +114,8 @@ def _serve(app: FastAPI, config: CloudConfig) -> int:
         config.api.host,
         config.api.port,
         loop="auto",
+        http="h11",  # whatever else is installed
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -24,31 +24,6 @@ STATE = Path("/var/lib/splitward")
 UNITS = Path("/etc/systemd/system")
 SERVICE = "splitward-edge.service"
 SHIPPED = Path(__file__).with_name("systemd")
-_UNIT = f"""\
-[Unit]
-Description=Splitward device agent
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=0
-
-[Service]
-User={USER}
-Group={USER}
-SupplementaryGroups=video
-WorkingDirectory={STATE}
-ExecStart={VENV}/bin/python -m edge run --config {CONFIG}/edge.toml
-Restart=always
-RestartSec=5
-NoNewPrivileges=yes
-ProtectSystem=strict
-ReadWritePaths={STATE}
-ProtectHome=yes
-PrivateTmp=yes
-CapabilityBoundingSet=
-
-[Install]
-WantedBy=multi-user.target
-"""
 _EXAMPLE = f"""\
 # The agent's settings; every key is described in edge/config.py.
 [device]
@@ -157,8 +132,7 @@ def uninstall(purge: bool, say: Callable[[str], None]) -> None:
 
 def _units() -> dict[str, str]:
     """Texts of the units by name."""
-    shipped = {path.name: path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.service"))}
-    return shipped or {SERVICE: _UNIT}
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.service"))}
 
 
 def _write(path: Path, text: str) -> bool:

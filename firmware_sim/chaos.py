@@ -42,7 +42,7 @@ from firmware_sim.database import Postgres, start_postgres
 from firmware_sim.errors import ScenarioError
 from firmware_sim.processes import FAKETIME, SimulatedCloud, SimulatedDevice
 from firmware_sim.proxy import FaultProxy, Toxics
-from firmware_sim.scenario import Event, Scenario, plan
+from firmware_sim.scenario import Event, Scenario, plan, toxics_of
 
 LINK = LinkConfig(retry_s=2.0, retry_max_s=20.0, reconnect_s=0.3, reconnect_max_s=3.0, status_s=10.0)
 TICK_S = 0.1
@@ -185,12 +185,7 @@ class Chaos:
         elif event.kind == "cut":
             self._proxy.cut()
         else:
-            toxics = {
-                "half_open": Toxics(half_open=True),
-                "latency": Toxics(latency_ms=event.value, jitter_ms=event.value / 2),
-                "loss": Toxics(loss=event.value),
-                "bandwidth": Toxics(bytes_per_s=event.value),
-            }[event.kind]
+            toxics = toxics_of(event)
             self._proxy.toxics = toxics
 
             def heal() -> None:

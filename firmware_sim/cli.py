@@ -57,6 +57,23 @@ def _chaos(options: dict[str, Any]) -> int:
     return 0 if report.complete else 1
 
 
+def _hospitals(options: dict[str, Any]) -> int:
+    from firmware_sim.hospitals import Training, format_report, run_hospitals
+
+    path, folder, out = (options.pop(name) for name in ("scenario", "folder", "out"))
+    scenario = Scenario(name="calm", devices=3) if path is None else read_config(path, Scenario)
+    sites = options.pop("sites")
+    if sites is not None:
+        scenario = msgspec.structs.replace(scenario, devices=sites)
+    training = Training(**{key: value for key, value in options.items() if value is not None})
+    report = run_hospitals(scenario, training, folder)
+    text = format_report(report, training)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
+    return 0 if report.complete else 1
+
+
 def _load(options: dict[str, Any]) -> int:
     from firmware_sim.load import LoadConfig, run_load
 
@@ -122,5 +139,26 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--prefix", metavar="NAME", help="the devices are NAME-0, NAME-1, ...")
     load.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     load.set_defaults(run=_load)
+    hospitals = commands.add_parser(
+        "hospitals", help="sites that train together over a real broker, each with its own patients' images"
+    )
+    hospitals.add_argument(
+        "scenario", type=Path, nargs="?", metavar="SCENARIO.toml", help="default: nothing happens"
+    )
+    hospitals.add_argument("--sites", type=int, metavar="N", help="default: the scenario's devices")
+    hospitals.add_argument("--data", metavar="DATA", help="as for `splitward train` (default: phantom)")
+    hospitals.add_argument("--task")
+    hospitals.add_argument("--size", type=int)
+    hospitals.add_argument("--defence")
+    hospitals.add_argument("--arrangement", choices=("turn", "splitfed-v1", "splitfed-v2"))
+    hospitals.add_argument("--precision", choices=("float32", "int8", "int4"))
+    hospitals.add_argument("--alpha", type=float, help="Dirichlet: how unlike the sites are (default: alike)")
+    hospitals.add_argument("--epochs", type=int)
+    hospitals.add_argument("--rounds", type=int)
+    hospitals.add_argument("--batch", type=int)
+    hospitals.add_argument("--seed", type=int)
+    hospitals.add_argument("--folder", type=Path, metavar="FOLDER", help="of runs and journals, which stay")
+    hospitals.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
+    hospitals.set_defaults(run=_hospitals)
     add_arm64(commands)
     return parser

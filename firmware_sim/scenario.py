@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from edge.config import Count, Seconds, Span
 from firmware_sim.fleet import Variant
+from firmware_sim.proxy import Toxics
 
 Kind = Literal[
     "kill_agent",
@@ -30,6 +31,7 @@ AIMED: frozenset[Kind] = frozenset(
     {"kill_agent", "kill_releaser", "hang_releaser", "disk_full", "slow_disk", "clock_jump"}
 )
 """What befalls one device; the rest befalls the network or the cloud."""
+TOXIC: frozenset[Kind] = frozenset({"half_open", "latency", "loss", "bandwidth"})
 
 
 class Event(Struct, frozen=True, kw_only=True):
@@ -130,6 +132,17 @@ def plan(scenario: Scenario) -> list[Event]:
         for _ in range(getattr(scenario.counts, kind))
     ]
     return sorted([*scenario.events, *drawn], key=lambda event: event.at_s)
+
+
+def toxics_of(event: Event) -> Toxics:
+    """How bad an event of the network makes a link; of the kinds in `TOXIC`."""
+    bad = {
+        "half_open": Toxics(half_open=True),
+        "latency": Toxics(latency_ms=event.value, jitter_ms=event.value / 2),
+        "loss": Toxics(loss=event.value),
+        "bandwidth": Toxics(bytes_per_s=event.value),
+    }
+    return bad[event.kind]
 
 
 def _draw(draw: random.Random, kind: Kind, scenario: Scenario) -> Event:

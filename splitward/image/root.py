@@ -48,7 +48,15 @@ _MASKED = (
     *("systemd-firstboot.service", "systemd-machine-id-commit.service", "systemd-update-done.service"),
     *("ldconfig.service", "systemd-hwdb-update.service", "systemd-journal-catalog-update.service"),
     *("fstrim.timer", "e2scrub_all.timer", "e2scrub_reap.service", "systemd-pstore.service"),
-    # The agent's unit says so; waiting for an address would hold up everything else at a site without network.
+    # Accounts are made with the image, no foreign programs run here, and nobody asks who was logged in when.
+    *("systemd-sysusers.service", "systemd-repart.service", "systemd-binfmt.service"),
+    *(
+        "proc-sys-fs-binfmt_misc.automount",
+        "systemd-update-utmp.service",
+        "systemd-update-utmp-runlevel.service",
+    ),
+    *("sys-fs-fuse-connections.mount", "modprobe@fuse.service", "modprobe@drm.service"),
+    # Who needs an address tries again; waiting for one would hold up everything else at a site without network.
     "systemd-networkd-wait-online.service",
 )
 
