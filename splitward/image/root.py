@@ -131,6 +131,7 @@ def finish_system(root: Path) -> None:
     _write(root / "etc/machine-id", "")
     (root / "etc/splitward").mkdir(exist_ok=True)
     (root / "var/lib/systemd/timesync").mkdir(parents=True, exist_ok=True)
+    _write(root / "usr/lib/clock-epoch", "")  # systemd: no clock shows less than this file's time, the image's
     shutil.rmtree(root / "var/lib/dbus", ignore_errors=True)
 
 
