@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,11 @@ class Bench:
             update_certificate=keys / "update.crt",
             mirror=find_mirror(),
         )
+
+    def new_folder(self, name: str) -> Path:
+        """An empty folder."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return self.folder / name
 
     def image(self, board: Any = "virt") -> Path:
         """The image for `board`, built once."""
@@ -159,7 +165,7 @@ def measure_start(bench: Bench, kind: Kind) -> dict[str, Any]:
     """From power-on to the device's own word of its first result."""
     image = bench.image("rpi3" if kind == "raspi3b" else "virt")
     frames = open_dataset("mnist").test.images[:FRAMES, 0]
-    folder = bench.folder / f"start-{kind}"
+    folder = bench.new_folder(f"start-{kind}")
     trial = run_trial(
         kind, image, server_card_path(bench.bundle), frames, Scenario(rate_hz=0.0), folder, START_LIMIT_S
     )
@@ -174,7 +180,7 @@ def measure_system_cuts(bench: Bench) -> dict[str, Any]:
         os.environ["SPLITWARD_IMAGE_VERSION"] = "2"
         build_image(settings, print)
         del os.environ["SPLITWARD_IMAGE_VERSION"]
-    folder, draw = bench.folder / "system-cuts", random.Random(bench.seed)
+    folder, draw = bench.new_folder("system-cuts"), random.Random(bench.seed)
     frames = open_dataset("mnist").test.images[:CUT_FRAMES, 0]
     with (
         open_stand(folder / "stand", DEVICE, [server_card_path(bench.bundle)]) as stand,
@@ -193,7 +199,7 @@ def measure_bundle_cuts(bench: Bench) -> dict[str, Any]:
 
     There are two bundles of one network, and whichever the device does not run is rolled out before each cut.
     """
-    folder, draw = bench.folder / "bundle-cuts", random.Random(bench.seed)
+    folder, draw = bench.new_folder("bundle-cuts"), random.Random(bench.seed)
     other = sign_again(bench.bundle, bench.key, folder / "other.bundle")
     trusted = public_key_path(bench.key)
     models = [read_bundle(path, read_trusted_key(trusted)).model.hex() for path in (bench.bundle, other)]
