@@ -215,6 +215,7 @@ def measure_bundle_cuts(bench: Bench) -> dict[str, Any]:
         def update() -> None:
             if rollouts:
                 stand.halt(rollouts[-1])
+            device.wait(lambda: listener.model(DEVICE) in models, START_LIMIT_S, "a whole model")
             ran.append(listener.model(DEVICE))
             rollouts.append(stand.roll_out(models[1 - models.index(ran[-1])]))
 
