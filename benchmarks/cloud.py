@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def serve(kind: str, folder: Path, card: Path, broker_port: int, number: int = 1
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module, "--config", str(config)], stdout=log, stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
@@ -94,6 +95,8 @@ def serve(kind: str, folder: Path, card: Path, broker_port: int, number: int = 1
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves workers behind, which spin
 
 
 def _wait(process: subprocess.Popen[bytes], url: str) -> None:

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from firmware_sim.proxy import FaultProxy, Toxics
 from splitward.audit.hijack import HijackingServer, HijackSettings
 from splitward.audit.hijack_trial import BATCH, HIJACK_SEEDS, HONEST_SEEDS, TARGETS, class_mean_ssim
 from splitward.audit.metrics import ssim
-from splitward.data import open_dataset, phantom
+from splitward.data import Dataset, open_dataset, phantom
 from splitward.data.dataset import Split
 from splitward.errors import HijackError
 from splitward.method.split import SplitNetwork
@@ -106,7 +107,17 @@ def serve_training(plan: Plan, folder: Path, port: int) -> None:
     server.close()
 
 
-def measure_throughput(rtt_ms: float = 20.0, repeats: int = 3, batch: int = 64) -> dict[str, Any]:
+def take_part(plan: Plan, data: Dataset, folder: Path, port: int, done: Connection) -> None:
+    """The site's side likewise; tells when each step was done."""
+    torch.set_num_threads(1)
+    site = ("site-0", bytes(16), data.train, plan.run.split)
+    client = TimedClient(*site, folder=folder, guard=GuardSettings())
+    run_client(client, "bench", Broker(port=port))
+    client.close()
+    done.send(client.done_s)
+
+
+def measure_throughput(rtt_ms: float = 20.0, repeats: int = 3, batch: int = 128) -> dict[str, Any]:
     """Steps a second of one site over MQTT, journals on disk, beside one process; a thread for each side."""
     dataset = phantom.load("mass", 28, seed=0, count=4000)
     dataset = replace(dataset, validation=take(dataset.validation, 64), test=take(dataset.test, 64))
@@ -124,14 +135,18 @@ def measure_throughput(rtt_ms: float = 20.0, repeats: int = 3, batch: int = 64) 
             lines = train(dataset, settings, folder / "run", progress=False).read_metrics()
             rates["in_process"].append(steps / lines[1]["seconds"])
             proxy.toxics = Toxics(latency_ms=rtt_ms / 2)
-            arguments = (plan, folder / "server", broker.port)
-            serving = multiprocessing.get_context("spawn").Process(target=serve_training, args=arguments)
-            serving.start()
-            site = ("site-0", bytes(16), dataset.train, settings.split)
-            client = TimedClient(*site, folder=folder / "site", guard=GuardSettings())
-            run_client(client, "bench", Broker(proxy.host, proxy.port))
-            serving.join(60)
-            last = client.done_s[-steps:]
+            context = multiprocessing.get_context("spawn")
+            told, done = context.Pipe(duplex=False)
+            sides = (
+                context.Process(target=serve_training, args=(plan, folder / "server", broker.port)),
+                context.Process(target=take_part, args=(plan, dataset, folder / "site", proxy.port, done)),
+            )
+            for side in sides:
+                side.start()
+            done_s = told.recv()
+            for side in sides:
+                side.join(60)
+            last = done_s[-steps:]
             rates["over_mqtt"].append((len(last) - 1) / (last[-1] - last[0]))
     medians = {name: round(statistics.median(found), 2) for name, found in rates.items()}
     return {
