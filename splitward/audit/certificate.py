@@ -36,7 +36,7 @@ FISHER_FRAMES = 200
 _CHUNK = 250
 _DRAWS = 4
 ASSUMPTIONS = (
-    "The noise is Gaussian, independent between captures and unknown to the attacker (HMAC keyed by the device's "
+    "The noise is Gaussian, independent between captures and unknown to the attacker (keyed by the device's "
     "secret).",
     "The error is averaged over the frames certified; a single frame that is unlike all others can leak more.",
     "The frames are drawn as the certified ones were; a bound on these says nothing of another hospital's.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -44,5 +45,10 @@ class ReleaseLaw(msgspec.Struct, frozen=True):
         """Step of the released int8 values."""
         if self.dtype != "int8":
             return 1.0
-        (nearest,) = _FLOAT32.unpack(_FLOAT32.pack((self.bound + NOISE_REACH * self.sigma) / 127))
-        return float(nearest)
+        return _to_float32((self.bound + NOISE_REACH * self.sigma) / 127)
+
+
+@lru_cache(16)
+def _to_float32(real: float) -> float:
+    """The nearest float32; a device asks for the same one at each frame."""
+    return float(_FLOAT32.unpack(_FLOAT32.pack(real))[0])

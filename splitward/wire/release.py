@@ -10,10 +10,9 @@ or one runtime with another number of threads, differ in the last bit of a float
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import math
 import struct
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from splitward.wire.law import NOISE_REACH as NOISE_REACH
 from splitward.wire.law import SECRET_BYTES as SECRET_BYTES
 from splitward.wire.law import ReleaseLaw as ReleaseLaw
-from splitward.wire.tensor import quantise
 
 
 def release(activation: NDArray[np.float32], law: ReleaseLaw, secret: bytes) -> NDArray[np.generic]:
@@ -35,28 +33,45 @@ def release(activation: NDArray[np.float32], law: ReleaseLaw, secret: bytes) -> 
     """
     if law.dtype == "float32":
         return activation
-    clean = quantise(activation, law.grid)
-    noisy = clean * law.grid
+    grid = law.grid
+    clean = _steps(activation.ravel().tolist(), grid)
+    noisy = [step * grid for step in clean]
     if law.sigma:
-        noisy = noisy + law.sigma * keyed_noise(secret, clean)
-    return quantise(noisy, law.scale)
+        noisy = [
+            real + law.sigma * one
+            for real, one in zip(noisy, _noise(secret, struct.pack(f"{len(clean)}b", *clean)), strict=True)
+        ]
+    return np.array(_steps(noisy, law.scale), np.int8).reshape(activation.shape)
 
 
 def keyed_noise(secret: bytes, clean: NDArray[np.int8]) -> NDArray[np.float64]:
     """Standard normal noise, shaped as `clean`, that only the holder of `secret` can predict.
 
-    SHAKE-256 stretches HMAC-SHA256(secret, clean) into uniforms, Box and Muller turn them into normals: a
-    cryptographic stream, and the same on every version of numpy, whose own logarithm depends on the processor. A
-    released tensor is so small that the C library's functions, one value at a time, are also the quicker way.
+    BLAKE2b (RFC 7693) keyed by the secret makes a key of `clean`; keyed by that, it stretches a counter into
+    uniforms, and Box and Muller turn them into normals: a cryptographic stream, and the same on every version of
+    numpy, whose own logarithm depends on the processor.
     """
-    count = clean.size + clean.size % 2
-    key = hmac.digest(secret, clean.tobytes(), "sha256")
-    words = struct.unpack(f"<{count}Q", hashlib.shake_256(key).digest(8 * count))
-    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in words]
-    radius = [math.sqrt(-2.0 * math.log(one)) for one in uniform[: count // 2]]
-    angle = [2.0 * math.pi * one for one in uniform[count // 2 :]]
-    normal = [
-        *(length * math.cos(one) for length, one in zip(radius, angle, strict=True)),
-        *(length * math.sin(one) for length, one in zip(radius, angle, strict=True)),
-    ]
-    return np.array(normal[: clean.size]).reshape(clean.shape)
+    return np.array(_noise(secret, clean.tobytes())).reshape(clean.shape)
+
+
+def _steps(real: list[float], scale: float) -> list[int]:
+    """As `quantise`: a device comes here with cold caches, where numpy takes longer for a frame's few values."""
+    steps = []
+    for one in real:
+        step = round(one / scale)
+        steps.append(step if -127 <= step <= 127 else 127 if step > 0 else -127)
+    return steps
+
+
+def _noise(secret: bytes, clean: bytes) -> list[float]:
+    half = (len(clean) + 1) // 2
+    key = blake2b(clean, key=secret).digest()
+    blocks = (2 * half + 7) // 8
+    stream = b"".join([blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range(blocks)])
+    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in struct.unpack(f"<{8 * blocks}Q", stream)]
+    near, far = [], []
+    for first, second in zip(uniform[:half], uniform[half : 2 * half], strict=True):
+        radius, angle = math.sqrt(-2.0 * math.log(first)), 2.0 * math.pi * second
+        near.append(radius * math.cos(angle))
+        far.append(radius * math.sin(angle))
+    return (near + far)[: len(clean)]
