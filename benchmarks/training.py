@@ -75,6 +75,7 @@ CELLS = (
     Cell("dirichlet-0.3", "splitfed-v2"),
     Cell("dirichlet-0.3", "splitfed-v1"),
     Cell("identical", "splitfed-v1"),
+    Cell("dirichlet-0.3", "fedsgd"),
 )
 
 
@@ -106,7 +107,11 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
         shift=data.shift,
         seed=seed,
     )
-    plan = Plan(settings, cell.arrangement, sites, 1 if sites == 1 else data.rounds, precision=cell.precision)
+    frames = data.epochs * sum(map(len, parts))
+    rounds = 1 if sites == 1 else data.rounds
+    if cell.arrangement == "fedsgd":
+        rounds = frames // (sites * settings.batch)  # one batch a site, on average
+    plan = Plan(settings, cell.arrangement, sites, rounds, precision=cell.precision)
     training = seed.to_bytes(16, "little")
     server = CountingServer(plan, training)
     guard = GuardSettings() if cell.precision == "float32" else None  # rounded gradients are not to be judged
@@ -122,7 +127,6 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
         network.server.get_buffer("weights").copy_(torch.tensor(ranked))
         test = evaluate(network, dataset.test)
     steps = sum(client.trainer.steps_done for client in clients if client.trainer is not None)
-    frames = data.epochs * sum(map(len, parts))
     return {
         "data": data.name,
         "cell": cell.name,

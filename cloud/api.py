@@ -1,4 +1,5 @@
-"""The API, version 1: results, devices, labels, live events, tokens, enrolment, bundles, roll-outs, the audit trail.
+"""The API, version 1: results, devices, labels, live events, tokens, enrolment, bundles, roll-outs, trainings, the
+audit trail.
 
 Reading needs the scope `read`, changing `operate`. Devices need no token for what proves itself: an enrolment token,
 a certificate's signature, a ticket. Every error is a problem detail (RFC 9457).
@@ -122,6 +123,35 @@ class NewRollout(_Body):
     patience_s: float = Field(default=3600.0, gt=0, le=30 * 86_400)
     allow_older: bool = False
     roll_back: bool = True
+
+
+class NewTraining(_Body):
+    """A training across sites; `splitward.training.remote.plan.Plan` says what each value means.
+
+    The sites' own data has to fit: frames of [channels, side, side] in so many classes, and the same defence.
+    """
+
+    name: str = Field(pattern=NAME)
+    channels: int = Field(ge=1, le=3)
+    side: int = Field(ge=8, le=512)
+    classes: int = Field(ge=2, le=1000)
+    defence: str = Field(default="sealed", pattern=NAME)
+    values: int | None = Field(default=None, ge=1, le=65_536)
+    sigma: float | None = Field(default=None, ge=0, le=100)
+    entropy_weight: float | None = Field(default=None, ge=0, le=100)
+    epochs: int = Field(default=5, ge=1, le=10_000)
+    batch: int = Field(default=128, ge=2, le=16_384)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    shift: int = Field(default=0, ge=0, le=64)
+    seed: int = Field(default=0, ge=0, le=MAX_INTEGER)
+    sites: int = Field(default=1, ge=1, le=256)
+    arrangement: Literal["single", "turn", "splitfed-v1", "splitfed-v2", "fedsgd"] | None = None
+    rounds: int = Field(default=1, ge=1, le=1_000_000)
+    labels: Literal["cloud", "client"] = "cloud"
+    precision: Literal["float32", "int8", "int4"] = "float32"
+    clip: float = Field(default=0.0, ge=0, le=1e6)
+    noise: float = Field(default=0.0, ge=0, le=1e6)
+    silence_s: float = Field(default=60.0, gt=0, le=86_400)
 
 
 # --- results -------------------------------------------------------------------------------------------------
@@ -379,6 +409,36 @@ async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why
     except TransportError as error:
         raise Problem(503, "broker", str(error), {"Retry-After": "5"}) from error
     return as_json({"halted": rollout})
+
+
+@router.post("/trainings", status_code=201)
+async def create_training(parts: Parts, caller: Operator, body: NewTraining) -> Response:
+    """Begin a training across sites, which take part by its id."""
+    return as_json(await parts.trainings.create(body.name, body.model_dump(exclude={"name"}), caller.name), 201)
+
+
+@router.get("/trainings")
+async def trainings(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
+    """The last trainings: state, round, and each site's steps and curve."""
+    return as_json({"trainings": await parts.trainings.latest(limit)})
+
+
+@router.get("/trainings/{training}")
+async def training(parts: Parts, _: Reader, training: Model) -> Response:
+    """One training."""
+    return as_json(await parts.trainings.find(training))
+
+
+@router.post("/trainings/{training}/stop")
+async def stop_training(parts: Parts, caller: Operator, training: Model) -> Response:
+    """Stop a training; every step is kept."""
+    return as_json(await parts.trainings.change(training, "stop", caller.name))
+
+
+@router.post("/trainings/{training}/resume")
+async def resume_training(parts: Parts, caller: Operator, training: Model) -> Response:
+    """Go on with a training where it was stopped."""
+    return as_json(await parts.trainings.change(training, "resume", caller.name))
 
 
 def _refuse_zero(text: str) -> None:

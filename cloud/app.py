@@ -29,6 +29,7 @@ from cloud.rollout import Rollouts
 from cloud.routes import DASHBOARD, Service, router
 from cloud.store import Store
 from cloud.tracing import Tracing
+from cloud.training import Trainings
 from cloud.transport import Transport, open_transport
 from splitward.wire.bundle import read_trusted_key
 
@@ -64,6 +65,7 @@ def create_app(
     registry = Registry(store, state / "bundles", trusted)
     address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"
     rollouts = Rollouts(store, transport, authority, registry, fleet, address, metrics)
+    trainings = Trainings(store, config.broker, state / "trainings", metrics)
     pipeline = Pipeline(
         config,
         transport=transport,
@@ -88,6 +90,7 @@ def create_app(
         enrolment,
         registry,
         rollouts,
+        trainings,
         fleet,
     )
 
@@ -102,7 +105,7 @@ def create_app(
             await pipeline.start()
             stack.push_async_callback(pipeline.drain)
             stack.push_async_callback(rollouts.write_outcomes)
-            for work in (rollouts.keep(), keep_retention(store, config.store, metrics)):
+            for work in (rollouts.keep(), trainings.keep(), keep_retention(store, config.store, metrics)):
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield
 

@@ -77,6 +77,9 @@ class Metrics:
             ["state"],
             registry=registry,
         )
+        self.trainings = Gauge(
+            "splitward_trainings", "Trainings across sites, by state.", ["state"], registry=registry
+        )
         self.cpu = CpuClock()
         registry.register(self.cpu)
         ProcessCollector(registry=registry)

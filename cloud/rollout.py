@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import secrets
-import socket
 import time
 from collections import deque
 from typing import Annotated, Any
@@ -91,7 +89,6 @@ class Rollouts:
         self._ticket_s = config.ticket_s
         self._address = config.public_url.rstrip("/") or address
         self._metrics = metrics
-        self._holder = f"{socket.gethostname()}.{os.getpid()}"
         self._outcomes: deque[tuple[str, str, Outcome]] = deque(maxlen=MAX_OUTCOMES)
 
     def note_outcome(self, site: str, device: str, outcome: Outcome) -> None:
@@ -104,7 +101,7 @@ class Rollouts:
             await asyncio.sleep(PERIOD_S)
             try:
                 await self.write_outcomes()
-                if await self._take_lease():
+                if await self._store.take_lease("rollouts", LEASE_S):
                     await self.step()
                 await self.count()
             except CloudError as error:
@@ -319,16 +316,3 @@ class Rollouts:
             found += [(one.site, one.device, one.status.model) for one in page if one.status is not None]
             after = (page[-1].site, page[-1].device)
         return found
-
-    async def _take_lease(self) -> bool:
-        """Whether this worker drives the roll-outs now."""
-        leases, now_ns = tables.leases, time.time_ns()
-        row = {"name": "rollouts", "holder": self._holder, "until_ns": now_ns + int(LEASE_S * 1e9)}
-        insert = self._store.insert(leases)
-        take = insert.on_conflict_do_update(
-            index_elements=[leases.c.name],
-            set_={"holder": insert.excluded.holder, "until_ns": insert.excluded.until_ns},
-            where=(leases.c.until_ns < now_ns) | (leases.c.holder == self._holder),
-        )
-        async with self._store.write() as connection:
-            return bool((await connection.execute(take, row)).rowcount)

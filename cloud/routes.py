@@ -23,6 +23,7 @@ from cloud.pipeline import Pipeline
 from cloud.registry import Registry
 from cloud.rollout import Rollouts
 from cloud.store import Store
+from cloud.training import Trainings
 from cloud.transport import Transport
 
 DASHBOARD = Path(__file__).with_name("dashboard")
@@ -45,6 +46,7 @@ class Service:
     enrolment: Enrolment
     registry: Registry
     rollouts: Rollouts
+    trainings: Trainings
     fleet: FleetConfig
 
 

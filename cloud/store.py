@@ -7,7 +7,10 @@ records (`cloud.registry`, `cloud.enrolment`, ...) use the same connection by `r
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -40,6 +43,7 @@ class Store:
         self._engine = _make_engine(config.url)
         self._writer = self._engine.execution_options(writes=True)
         self._max_dead_letters = config.max_dead_letters
+        self._holder = f"{socket.gethostname()}.{os.getpid()}"
         self.insert: Callable[[Table], sqlite.Insert | postgresql.Insert]
         self._direct: SqliteResults | None = None
         if self._engine.dialect.name == "postgresql":
@@ -69,6 +73,19 @@ class Store:
             await connection.execute(
                 delete(tables.results).where(tables.results.c.device == "")
             )  # no device has this name
+
+    async def take_lease(self, name: str, lease_s: float) -> bool:
+        """Whether this worker alone does the work `name` from now for `lease_s`; asked again, it goes on."""
+        leases, now_ns = tables.leases, time.time_ns()
+        row = {"name": name, "holder": self._holder, "until_ns": now_ns + int(lease_s * 1e9)}
+        insert = self.insert(leases)
+        take = insert.on_conflict_do_update(
+            index_elements=[leases.c.name],
+            set_={"holder": insert.excluded.holder, "until_ns": insert.excluded.until_ns},
+            where=(leases.c.until_ns < now_ns) | (leases.c.holder == self._holder),
+        )
+        async with self.write() as connection:
+            return bool((await connection.execute(take, row)).rowcount)
 
     # --- the pipeline ----------------------------------------------------------------------------------------
 

@@ -174,3 +174,15 @@ leases = Table(
     Column("holder", String(128), nullable=False),
     Column("until_ns", BigInteger, nullable=False),
 )
+trainings = Table(
+    "trainings",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("wanted", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("created_at_ns", BigInteger, nullable=False),
+    Column("changed_at_ns", BigInteger, nullable=False),
+    Column("actor", String(64), nullable=False),
+)

@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("--task")
     hospitals.add_argument("--size", type=int)
     hospitals.add_argument("--defence")
-    hospitals.add_argument("--arrangement", choices=("turn", "splitfed-v1", "splitfed-v2"))
+    hospitals.add_argument("--arrangement", choices=("turn", "splitfed-v1", "splitfed-v2", "fedsgd"))
     hospitals.add_argument("--precision", choices=("float32", "int8", "int4"))
     hospitals.add_argument("--alpha", type=float, help="Dirichlet: how unlike the sites are (default: alike)")
     hospitals.add_argument("--epochs", type=int)

@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_training_options(lead)
     lead.add_argument("--sites", type=int, default=1, help="the training begins when so many have joined")
-    lead.add_argument("--arrangement", choices=("single", "turn", "splitfed-v1", "splitfed-v2"))
+    lead.add_argument("--arrangement", choices=("single", "turn", "splitfed-v1", "splitfed-v2", "fedsgd"))
     lead.add_argument("--rounds", type=int, default=1, help="client halves are exchanged after each")
     lead.add_argument("--labels", choices=("cloud", "client"), default="cloud", help="who has the labels")
     lead.add_argument("--precision", choices=("float32", "int8", "int4"), default="float32")

@@ -3,7 +3,7 @@
 import { Unauthorised, follow, forgetToken, get, hasToken, post, setToken } from "./api.js";
 import { drawChart, indexAt } from "./charts.js";
 import { cell, clock, duration, fill, setState, short } from "./format.js";
-import { deadLetterRows, deviceState, fleetRows, modelRows, resultRow, rolloutRows } from "./panels.js";
+import { deadLetterRows, deviceState, fleetRows, modelRows, resultRow, rolloutRows, trainingRows } from "./panels.js";
 
 const BUCKET_S = 5;
 const BUCKETS = 60; // five minutes
@@ -123,8 +123,8 @@ async function refresh() {
     byId("online").textContent = devices.filter((device) => deviceState(device)[0] === "online").length;
     byId("known").textContent = `of ${devices.length || "none"} known`;
     fill(byId("devices"), fleetRows(devices));
-    const paths = ["v1/models", "v1/bundles", "v1/accuracy", "v1/rollouts?limit=20", "v1/dead-letters?limit=20"];
-    const [models, bundles, accuracy, rollouts, letters] = (await Promise.all(paths.map(get))).map((one) => one.body);
+    const paths = ["v1/models", "v1/bundles", "v1/accuracy", "v1/rollouts?limit=20", "v1/trainings?limit=20", "v1/dead-letters?limit=20"];
+    const [models, bundles, accuracy, rollouts, trainings, letters] = (await Promise.all(paths.map(get))).map((one) => one.body);
     for (const { model, classes: names } of models.models) {
       changed ||= !classes.has(model); // rows that were drawn without its names
       classes.set(model, names);
@@ -132,6 +132,9 @@ async function refresh() {
     fill(byId("models"), modelRows(models.models, bundles.bundles, accuracy.models));
     if (!byId("rollouts").contains(document.activeElement)) { // a button in use is not taken away
       fill(byId("rollouts"), rolloutRows(rollouts.rollouts, halt));
+    }
+    if (!byId("trainings").contains(document.activeElement)) {
+      fill(byId("trainings"), trainingRows(trainings.trainings, change));
     }
     fill(byId("letters"), deadLetterRows(letters.dead_letters));
     byId("letters-count").textContent = letters.dead_letters.length || "";
@@ -150,6 +153,18 @@ async function halt(rollout) {
     said.textContent = `The roll-out of ${rollout.model.slice(0, 12)} is halted.`;
   } catch (error) {
     said.textContent = `It could not be halted: ${error.message}`;
+  }
+  document.activeElement?.blur();
+}
+
+async function change(training, what) {
+  if (what === "stop" && !window.confirm(`Stop the training ${training.name}? Every step is kept.`)) return;
+  const said = byId("trainings-said");
+  try {
+    const { state } = await post(`v1/trainings/${training.id}/${what}`, {});
+    said.textContent = `The training ${training.name} is ${state}.`;
+  } catch (error) {
+    said.textContent = `That could not be done: ${error.message}`;
   }
   document.activeElement?.blur();
 }

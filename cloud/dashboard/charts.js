@@ -71,3 +71,15 @@ export function indexAt(event, count) {
   const index = Math.round(((x - PLOT.left) / (PLOT.right - PLOT.left)) * (count - 1));
   return Math.min(count - 1, Math.max(0, index));
 }
+
+/** A small curve of `values`, down to 0; `label` says what they are, and the values follow for who cannot see it. */
+export function sparkline(values, label) {
+  const [width, height] = [96, 20];
+  const top = Math.max(...values) || 1;
+  const told = `${label}: ${values.map((value) => value.toFixed(2)).join(", ")}`;
+  const svg = shape("svg", { class: "sparkline", role: "img", "aria-label": told, viewBox: `0 0 ${width} ${height}` });
+  const points = values.map((value, index) =>
+    `${((width * index) / (values.length - 1)).toFixed(1)},${(height - 1 - ((height - 2) * value) / top).toFixed(1)}`);
+  svg.append(shape("polyline", { points: points.join(" ") }));
+  return svg;
+}

@@ -1,6 +1,7 @@
 // The rows of each table, from what the API answers.
 
-import { age, cell, clock, duration } from "./format.js";
+import { sparkline } from "./charts.js";
+import { age, cell, clock, duration, short } from "./format.js";
 
 const SILENT_AFTER_S = 90;
 const HOT_C = 80; // where a Pi slows itself down
@@ -133,6 +134,61 @@ export function rolloutRows(rollouts, halt) {
       cell(rollout.reason || "–"),
       cell(rollout.actor),
       cell(age(Math.max(0, Date.now() / 1000 - rollout.changed_at_ns / 1e9))),
+      action,
+    ];
+  });
+}
+
+/** How far a training is, as a bar with words. */
+function roundCell({ round = 0, rounds = 0 }) {
+  const held = document.createElement("td");
+  if (!rounds) return cell("not begun");
+  const bar = document.createElement("progress");
+  bar.max = rounds;
+  bar.value = round;
+  bar.setAttribute("aria-label", `${round} of ${rounds} rounds`);
+  held.append(bar, ` ${round} of ${rounds}`);
+  return held;
+}
+
+/** A line for each site: its steps, its last loss, and the loss of its epochs as a small curve. */
+function siteList(sites = []) {
+  const held = document.createElement("td");
+  const list = document.createElement("ul");
+  for (const { device, state, steps, of, curve } of sites) {
+    const item = document.createElement("li");
+    const losses = curve.map((one) => one.loss);
+    const last = losses.length ? `, loss ${short(losses.at(-1))}` : "";
+    item.append(`${device}: ${steps.toLocaleString()} of ${of.toLocaleString()}${last}${state === "training" ? "" : ` (${state})`} `);
+    if (losses.length > 1) item.append(sparkline(losses, `loss of ${device} by epoch`));
+    list.append(item);
+  }
+  held.append(sites.length ? list : "none has joined");
+  return held;
+}
+
+/** Trainings across sites; `change(training, what)` is asked to stop one or to go on. */
+export function trainingRows(trainings, change) {
+  return trainings.map((training) => {
+    const { name, id, state, reason, actor, progress } = training;
+    const action = document.createElement("td");
+    const what = { running: "stop", stopped: "resume", failed: "resume" }[state];
+    if (what) {
+      const button = cell(what === "stop" ? "Stop" : "Resume", { tag: "button" });
+      button.type = "button";
+      button.setAttribute("aria-label", `${button.textContent} the training ${name}`);
+      button.addEventListener("click", () => change(training, what));
+      action.append(button);
+    }
+    return [
+      cell(name, { tag: "th" }),
+      cell(id, { kind: "code whole" }),
+      pill(state, state === "failed" ? "bad" : state === "stopped" ? "" : "good"),
+      roundCell(progress),
+      siteList(progress.sites),
+      cell(reason || "–"),
+      cell(actor),
+      cell(age(Math.max(0, Date.now() / 1000 - training.changed_at_ns / 1e9))),
       action,
     ];
   });

@@ -80,32 +80,45 @@ def split_settings(
     TrainingError
         The profile is not known or does not have what is to be changed, or the frames do not fit a network.
     """
-    known = DEFENCES | COMPARED
-    if profile not in known:
-        raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(known)}.")
     _, channels, height, width = dataset.train.images.shape
     if height != width:
         raise TrainingError(f"{dataset.name}: frames of {height}x{width}; give --size to make them square.")
-    small = height <= SMALL_SIDE
+    try:
+        return frame_settings(channels, height, len(dataset.classes), profile, seal=seal, saliency=saliency)
+    except ValueError as error:
+        raise TrainingError(f"{dataset.name}: {error} Give another --size.") from error
+
+
+def frame_settings(
+    channels: int,
+    side: int,
+    classes: int,
+    profile: str,
+    *,
+    seal: dict[str, Any] | None = None,
+    saliency: dict[str, Any] | None = None,
+) -> SplitSettings:
+    """As `split_settings`, for frames of [channels, side, side]; also `ValueError` where no network takes them."""
+    known = DEFENCES | COMPARED
+    if profile not in known:
+        raise TrainingError(f"defence {profile!r} is not known; choose {', '.join(known)}.")
+    small = side <= SMALL_SIDE
     defence = known[profile]
     if profile == "sealed" and not small:
         defence = replace(defence, values=RESIDUAL_VALUES)
     if defence.bottleneck == "label":
-        defence = replace(defence, values=len(dataset.classes))
+        defence = replace(defence, values=classes)
     defence = _changed(defence, seal or {}, saliency or {})
-    try:
-        network = NetworkSettings(
-            size="small" if small else "residual",
-            channels=channels,
-            side=height,
-            classes=len(dataset.classes),
-            mapped=defence.map is not None,
-            values=defence.values,
-            bottleneck=defence.bottleneck,
-            recovery="low_rank_sparse" if profile == "sealed" else "svt",
-        )
-    except ValueError as error:
-        raise TrainingError(f"{dataset.name}: {error} Give another --size.") from error
+    network = NetworkSettings(
+        size="small" if small else "residual",
+        channels=channels,
+        side=side,
+        classes=classes,
+        mapped=defence.map is not None,
+        values=defence.values,
+        bottleneck=defence.bottleneck,
+        recovery="low_rank_sparse" if profile == "sealed" else "svt",
+    )
     law = release_law(network, defence)
     return SplitSettings(network, defence, law.bound, law.scale)
 

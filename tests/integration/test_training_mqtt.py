@@ -84,7 +84,9 @@ def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -
     broker, server = Broker(mosquitto.host, mosquitto.port), Server(plan, TRAINING)
     clients = [Client(f"site-{n}", TRAINING, part, settings.split, guard=None) for n, part in enumerate(parts)]
     stop, silent = threading.Event(), threading.Event()
-    serving = threading.Thread(target=run_server, args=({TRAINING: server}, broker, stop), daemon=True)
+    serving = threading.Thread(
+        target=run_server, args=({TRAINING: server}, broker, lambda: not stop.is_set()), daemon=True
+    )
     going = threading.Thread(target=run_client, args=(clients[0], "ward", broker), daemon=True)
     leaving = threading.Thread(target=run_client, args=(clients[1], "ward", broker, silent), daemon=True)
     for thread in (serving, going, leaving):

@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Broker:
-    """Where the broker is; `ca`, `cert` and `key` are PEM files for mutual TLS."""
+    """Where the broker is, and who asks; `ca`, `cert` and `key` are PEM files for mutual TLS."""
 
     host: str = "127.0.0.1"
     port: int = 1883
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
+    username: str | None = None
+    password: str | None = None
 
 
 def run_client(client: Client, site: str, broker: Broker, stop: threading.Event | None = None) -> None:
@@ -70,17 +72,20 @@ def run_client(client: Client, site: str, broker: Broker, stop: threading.Event 
         link.close()
 
 
-def run_server(servers: Mapping[bytes, Server], broker: Broker, stop: threading.Event | None = None) -> None:
-    """Answer the clients of `servers` (by training) until all are finished, or `stop` is set.
+def run_server(
+    servers: Mapping[bytes, Server], broker: Broker, goes_on: Callable[[], bool] | None = None
+) -> None:
+    """Answer the clients of `servers` (by training) until all are finished.
 
     A client that others wait for and that says nothing for the plan's `silence_s` is left out of the round.
+    `goes_on`, where given, decides instead whether to go on; it is asked after each message, and twice a second.
     """
-    stop = stop or threading.Event()
-    link = _Link(broker, "splitward-trainer", topics.every_train())
+    goes_on = goes_on or (lambda: not all(server.finished for server in servers.values()))
+    link = _Link(broker, f"splitward-trainer-{min(servers).hex()}", topics.every_train())
     heard_s: dict[tuple[bytes, str], float] = {}
     sites: dict[str, str] = {}
     try:
-        while not stop.is_set() and not all(server.finished for server in servers.values()):
+        while goes_on():
             message = link.take(TICK_S)
             if message is not None:
                 _answer(servers, message, link, heard_s, sites)
@@ -126,6 +131,8 @@ class _Link:
         self._client = Mqtt(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.reconnect_delay_set(1, 10)
         self._client.on_socket_open = _send_at_once
+        if broker.username is not None:
+            self._client.username_pw_set(broker.username, broker.password)
         if broker.ca is not None:
             try:
                 context = ssl.create_default_context(cafile=broker.ca)

@@ -33,7 +33,7 @@ from splitward.method.split import SplitSettings
 from splitward.training.guard import GradientGuard, GuardSettings
 from splitward.training.loop import frames_of, reproducible, to_unit
 from splitward.training.remote.envelope import fingerprint, open_envelope, seal
-from splitward.training.remote.halves import ClientTrainer
+from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
@@ -260,8 +260,12 @@ class Client:
             sender = base64.b64decode(self.place.keys[name])
             about = self._about(self.place.round - 1, name)
             opened.append((name, load(open_envelope(envelope, self._key, self.device, sender, about))))
-        mean = average([state for _, state in opened], [self.place.frames[name] for name, _ in opened])
-        restore(self._active, mean)
+        weights = [int(state.pop("seen")) if plan.pooled else self.place.frames[name] for name, state in opened]
+        if sum(weights):  # a pooled round may have had no frame
+            states = [(state, weight) for (_, state), weight in zip(opened, weights, strict=True) if weight]
+            restore(self._active, average(*zip(*states, strict=True)))
+        if plan.pooled:
+            forget_gradients(self._active)  # of a round that has gone on without this client
         self._active.forget_ready()
         return True
 
@@ -344,7 +348,8 @@ class Client:
         assert plan is not None  # noqa: S101  # joined
         sealed = b"\0"
         if plan.clients > 1:
-            state = state_of(self._active, optimisers=plan.arrangement == "turn")
+            seen = {"seen": torch.tensor(end_round(self._active))} if plan.pooled else {}
+            state = state_of(self._active, optimisers=plan.arrangement == "turn" or plan.pooled) | seen
             content = save({name: tensor.contiguous() for name, tensor in state.items()})
             keys = {name: base64.b64decode(key) for name, key in self.place.keys.items()}
             sealed = seal(content, self._key, keys, self._about(self.place.round, self.device))
@@ -407,7 +412,8 @@ class Client:
 
     def _begin(self, plan: Plan) -> None:
         with reproducible(plan.run.seed):
-            self.trainer = ClientTrainer(plan.run, self._split, tails=plan.labels == "client")
+            kept = plan.labels == "client"
+            self.trainer = ClientTrainer(plan.run, self._split, tails=kept, pooled=plan.pooled)
             if not self._repeatable:
                 torch.manual_seed(self.place.secret)
             self.trainer.random_state = self._random = torch.get_rng_state()

@@ -10,10 +10,16 @@ needs the gradient, so the order changes no bit.
 Where the labels stay at the client (U-shaped), the last layer of each stream lives there too, and a step is two
 exchanges: the server half answers with what enters these layers, the client computes the loss and sends the gradient of
 that, and the server half answers with the gradient at the cut.
+
+Pooled halves (FedSGD, McMahan et al. 2017) take no step until the round ends, and then one along the mean gradient of
+its frames. The client's is stochastic gradient descent with momentum: it is linear in the gradient, so the mean of the
+sites' halves, by their frames of the round, is the half that all these frames at one place would have made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,9 +31,13 @@ from splitward.data import Split
 from splitward.method.halves import ServerHalf
 from splitward.method.split import SplitNetwork
 from splitward.training.loop import client_loss, frames_of, one_cycle, server_loss, shifted, to_unit
+from splitward.training.remote.state import Trained
 from splitward.training.settings import RunSettings
 
 STREAMS = ("attacked", "recovered", "fused")
+SGD_RATE = 30.0
+"""A pooled client half's learning rate, in AdamW's (our choice, on validation data)."""
+SGD_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class StepServer(Protocol):
 class ServerTrainer:
     """The server half and its optimiser; without the last layers where `tails` are at the client."""
 
-    def __init__(self, settings: RunSettings, *, tails: bool = True) -> None:
-        self._settings = settings
+    def __init__(self, settings: RunSettings, *, tails: bool = True, pooled: bool = False) -> None:
+        self._settings, self.pooled, self.seen = settings, pooled, 0
         half = SplitNetwork(settings.split).server.train()
         assert isinstance(half, ServerHalf)  # noqa: S101  # a plan has no other
         self.half = half
@@ -120,7 +130,7 @@ class ServerTrainer:
         released = sent.released.detach().requires_grad_()
         outputs = self.half(released)
         loss = server_loss(outputs, sent.labels)
-        gradient = self._step(sent, released, [loss], [None])
+        gradient = self._step(sent, released, [loss], [torch.ones(())])
         return Taken(gradient, loss.item(), int((outputs.decision.argmax(1) == sent.labels).sum()))
 
     def features(self, sent: Exchange) -> Tensor:
@@ -137,16 +147,19 @@ class ServerTrainer:
         self._sent = None
         return self._step(sent, released, list(features), list(gradient.unbind(1)))
 
-    def _step(
-        self, sent: Exchange, released: Tensor, roots: list[Tensor], gradients: list[Tensor | None]
-    ) -> Tensor:
+    def _step(self, sent: Exchange, released: Tensor, roots: list[Tensor], gradients: list[Tensor]) -> Tensor:
         optimiser = self.optimisers["server"]
         set_rate(optimiser, self._settings, sent.at)
-        optimiser.zero_grad()
-        torch.autograd.backward(roots, gradients)
-        optimiser.step()
+        weight = len(released) if self.pooled else 1
+        if not self.pooled:
+            optimiser.zero_grad()
+        torch.autograd.backward(roots, [weight * gradient for gradient in gradients])
+        if self.pooled:
+            self.seen += weight
+        else:
+            optimiser.step()
         assert released.grad is not None  # noqa: S101  # the fused stream reads it
-        return released.grad
+        return released.grad / weight
 
 
 class ClientTrainer:
@@ -162,10 +175,14 @@ class ClientTrainer:
         The client's own training images.
     tails : bool
         Whether the last layers live here, and the labels stay.
+    pooled : bool
+        Whether a round is one step.
     """
 
-    def __init__(self, settings: RunSettings, split: Split, *, tails: bool = False) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: RunSettings, split: Split, *, tails: bool = False, pooled: bool = False
+    ) -> None:
+        self._settings, self.pooled, self.seen = settings, pooled, 0
         self.network = SplitNetwork(settings.split).train()
         server = self.network.server
         self.network.server = nn.Identity()
@@ -179,7 +196,8 @@ class ClientTrainer:
         if tails:
             self.tails = {name: getattr(server, name)[-1] for name in STREAMS}
             self.modules["tails"] = nn.ModuleDict(self.tails)
-        self.optimisers = {name: make_optimiser(module, settings) for name, module in self.modules.items()}
+        make = make_linear_optimiser if pooled else make_optimiser
+        self.optimisers = {name: make(module, settings) for name, module in self.modules.items()}
         self._images, self._labels = frames_of(split), torch.from_numpy(split.labels)
         self.schedule = Schedule(settings, len(split))
         self.steps_done = 0
@@ -212,11 +230,9 @@ class ClientTrainer:
     def meanwhile(self) -> None:
         """What needs no gradient from the server: the local classifier's step, and the next batch's map."""
         if "local" in self.modules:
-            optimiser = self.optimisers["local"]
-            set_rate(optimiser, self._settings, self._at)
-            optimiser.zero_grad()
-            F.cross_entropy(self.modules["local"](self._frames), self._wanted).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            optimiser.step()
+            with self._descending("local") as weight:
+                loss = F.cross_entropy(self.modules["local"](self._frames), self._wanted)
+                (weight * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.random_state = torch.get_rng_state()
         following = self.steps_done + 1
         self._ready = (following, self._prepare(following)) if following < self.schedule.steps else None
@@ -234,30 +250,39 @@ class ClientTrainer:
         entering = features.detach().requires_grad_()
         logits = [self.tails[name](part) for name, part in zip(STREAMS, entering.unbind(1), strict=True)]
         loss = sum((F.cross_entropy(one, self._wanted) for one in logits), torch.zeros(()))
-        optimiser = self.optimisers["tails"]
-        set_rate(optimiser, self._settings, self._at)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimiser.step()
+        with self._descending("tails") as weight:
+            (weight * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         assert entering.grad is not None  # noqa: S101  # the loss depends on it
-        return entering.grad, loss.item()
+        return entering.grad / weight, loss.item()
 
     def end(self, gradient: Tensor) -> None:
         """Take the step with the server's gradient at the released tensor."""
         own = client_loss(self.network, self._activation, self._released, None, self._frames, self._wanted)
         names = [name for name in self.optimisers if name not in ("local", "tails")]
-        for name in names:
-            set_rate(self.optimisers[name], self._settings, self._at)
-            self.optimisers[name].zero_grad()
-        roots = [(self._released, gradient)] + ([(own, None)] if own.requires_grad else [])
-        torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
-        for name in names:
-            self.optimisers[name].step()
+        with self._descending(*names) as weight:
+            roots = [(self._released, weight * gradient)]
+            if own.requires_grad:
+                roots.append((weight * own, torch.ones(())))
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
         self.steps_done += 1
+        if self.pooled:
+            self.seen += len(gradient)
 
     def forget_ready(self) -> None:
         """Prepare the next batch anew: other weights than those that attacked it are in place."""
         self._ready = None
+
+    @contextmanager
+    def _descending(self, *names: str) -> Iterator[int]:
+        """Within, gradients of the batch's mean loss, times the weight given, are made; then a step, if one is due."""
+        for name in names:
+            set_rate(self.optimisers[name], self._settings, self._at)
+            if not self.pooled:
+                self.optimisers[name].zero_grad()
+        yield len(self._wanted) if self.pooled else 1
+        if not self.pooled:
+            for name in names:
+                self.optimisers[name].step()
 
     def _prepare(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Frames, attacked frames and labels of a step, in the loop's order."""
@@ -269,12 +294,41 @@ class ClientTrainer:
         return frames, self.network.attack(frames), self._labels[rows]
 
 
+def end_round(side: Trained) -> int:
+    """One step of a pooled side along the mean gradient of the round's frames; how many these were."""
+    seen = side.seen
+    if seen:
+        for name, module in side.modules.items():
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= seen
+            side.optimisers[name].step()
+    forget_gradients(side)
+    return seen
+
+
+def forget_gradients(side: Trained) -> None:
+    """Leave out what a pooled side has gathered in this round."""
+    for optimiser in side.optimisers.values():
+        optimiser.zero_grad()
+    side.seen = 0
+
+
 def make_optimiser(module: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
     """AdamW as the loop has it."""
     return torch.optim.AdamW(module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
 
 
+def make_linear_optimiser(module: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum and AdamW's decay; `set_rate` gives it its rate."""
+    decay = settings.weight_decay / SGD_RATE
+    return torch.optim.SGD(
+        module.parameters(), settings.learning_rate, momentum=SGD_MOMENTUM, weight_decay=decay
+    )
+
+
 def set_rate(optimiser: torch.optim.Optimizer, settings: RunSettings, at: float) -> None:
     """The one-cycle learning rate at the fraction `at` of the training."""
+    scale = SGD_RATE if isinstance(optimiser, torch.optim.SGD) else 1.0
     for group in optimiser.param_groups:
-        group["lr"] = one_cycle(settings, at)
+        group["lr"] = scale * one_cycle(settings, at)

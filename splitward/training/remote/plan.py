@@ -10,7 +10,7 @@ from typing import Any, Literal
 from splitward.errors import TrainingError
 from splitward.training.settings import RunSettings
 
-Arrangement = Literal["single", "turn", "splitfed-v1", "splitfed-v2"]
+Arrangement = Literal["single", "turn", "splitfed-v1", "splitfed-v2", "fedsgd"]
 Labels = Literal["cloud", "client"]
 Precision = Literal["float32", "int8", "int4"]
 
@@ -23,10 +23,12 @@ class Plan:
     ----------
     run : RunSettings
         Network, defence and schedule, as for a training on one machine.
-    arrangement : "single", "turn", "splitfed-v1" or "splitfed-v2"
+    arrangement : "single", "turn", "splitfed-v1", "splitfed-v2" or "fedsgd"
         One client; clients one after the other, each going on with the half of the one before; or all at once, with
         client halves averaged after each round. v1 also keeps a server half for each client and averages those; v2
-        has one server half, which takes the clients' steps as they come (Thapa et al. 2022).
+        has one server half, which takes the clients' steps as they come (Thapa et al. 2022). With fedsgd a round is
+        one step of both halves, along the mean gradient of all its frames (McMahan et al. 2017): for sites whose
+        images are unlike.
     clients : int
         The training begins when so many have joined.
     rounds : int
@@ -68,6 +70,11 @@ class Plan:
             raise TrainingError("noise without clip has no scale: give clip, the norm to which it relates.")
         if self.run.split.defence.profile == "label":
             raise TrainingError("the profile label has no server half to train: choose another defence.")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a round is one step of both halves."""
+        return self.arrangement == "fedsgd"
 
     @property
     def turns(self) -> int:

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from splitward.errors import MessageError, TrainingError
 from splitward.training.loop import reproducible
-from splitward.training.remote.halves import Exchange, Schedule, ServerTrainer, StepServer, Taken
+from splitward.training.remote.halves import (
+    Exchange,
+    Schedule,
+    ServerTrainer,
+    StepServer,
+    Taken,
+    end_round,
+)
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
@@ -126,7 +133,7 @@ class Server:
         self._feedback: dict[str, Feedback] = {}
         self._noise = torch.Generator().manual_seed(secrets.randbits(63))
         with reproducible(plan.run.seed):
-            self._first = ServerTrainer(plan.run, tails=plan.labels == "cloud")
+            self._first = ServerTrainer(plan.run, tails=plan.labels == "cloud", pooled=plan.pooled)
         self._journal = None if folder is None else Journal(folder)
         if self._journal is not None:
             self._recover(self._journal)
@@ -444,6 +451,8 @@ class Server:
             mean = self._mean_of(list(finished))
             for name in session.members:
                 restore(self._trainer(name), mean)
+        elif self.plan.pooled:
+            end_round(self._first)
         for member in session.members.values():
             member.finished, member.parts = False, []
         session.round += 1

@@ -16,10 +16,11 @@ TURN = threading.RLock()
 
 
 class Trained(Protocol):
-    """A side of a training."""
+    """A side of a training; `seen` frames have gradients that wait for the end of the round."""
 
     modules: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
+    seen: int
 
 
 def state_of(side: Trained, *, optimisers: bool = True) -> dict[str, Tensor]:
@@ -30,7 +31,13 @@ def state_of(side: Trained, *, optimisers: bool = True) -> dict[str, Tensor]:
         if optimisers:
             for index, state in side.optimisers[name].state_dict()["state"].items():
                 tensors |= {f"{name}/optimiser/{index}/{key}": tensor for key, tensor in state.items()}
-    return tensors
+            if side.seen:
+                tensors |= {
+                    f"{name}/gradient/{key}": parameter.grad
+                    for key, parameter in module.named_parameters()
+                    if parameter.grad is not None
+                }
+    return tensors | ({"seen": torch.tensor(side.seen)} if side.seen else {})
 
 
 def restore(side: Trained, tensors: Mapping[str, Tensor]) -> None:
@@ -46,6 +53,11 @@ def restore(side: Trained, tensors: Mapping[str, Tensor]) -> None:
         if states:
             optimiser = side.optimisers[name]
             optimiser.load_state_dict(optimiser.state_dict() | {"state": states})
+        for key, parameter in module.named_parameters():
+            if (gradient := tensors.get(f"{name}/gradient/{key}")) is not None:
+                parameter.grad = gradient.clone()
+    if (seen := tensors.get("seen")) is not None:
+        side.seen = int(seen)
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Screenshots of both colour schemes are kept in build/dashboard/.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ import uvicorn
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from cloud import tables
+from cloud import audit, tables
 from cloud.config import ApiConfig
 from firmware_sim.broker import free_port
 from splitward.wire import topics
@@ -90,7 +91,27 @@ async def fill_with_life(cloud: Cloud) -> None:
             await connection.execute(
                 tables.rollouts.insert(), plan | row | {"reason": "" if number == 0 else "2 of 4 failed"}
             )
+    await add_training(cloud)
     await cloud.transport.send(topics.activation("ward", "pi-1"), b"not a message")
+
+
+async def add_training(cloud: Cloud) -> None:
+    """A stopped training of two sites, of which one was left out."""
+    now_ns, name = time.time_ns(), "7" * 32
+    row = {"id": name, "name": "chest", "wanted": {}, "state": "stopped", "reason": "", "actor": "alice"}
+    async with cloud.parts.store.write() as connection:
+        await connection.execute(
+            tables.trainings.insert(), row | {"created_at_ns": now_ns, "changed_at_ns": now_ns}
+        )
+    curve = [{"epoch": epoch + 1, "loss": 1.2 / (epoch + 1), "accuracy": 0.5} for epoch in range(4)]
+    sites = [
+        {"device": "ward-1", "state": "training", "frames": 900, "steps": 40, "of": 80, "curve": curve},
+        {"device": "lab-2", "state": "left out", "frames": 70, "steps": 3, "of": 80, "curve": curve[:1]},
+    ]
+    folder = Path(cloud.parts.fleet.state_dir) / "trainings" / name
+    folder.mkdir(parents=True)
+    progress = {"failure": "", "finished": False, "round": 3, "rounds": 8, "sites": sites}
+    (folder / "progress.json").write_text(json.dumps(progress))
 
 
 async def send_frames(cloud: Cloud, first: int, count: int) -> None:
@@ -130,6 +151,9 @@ async def test_it_shows_the_fleet_and_everybody_can_read_it(
         await expect(page.locator("#models")).to_contain_text("100.0 %")
         await expect(page.locator("#models")).to_contain_text("error ≥ 0.0412")
         await expect(page.locator("#rollouts")).to_contain_text("2 of 4 failed")
+        await expect(page.locator("#trainings")).to_contain_text("3 of 8")
+        await expect(page.locator("#trainings")).to_contain_text("lab-2: 3 of 80, loss 1.20 (left out)")
+        await expect(page.get_by_label("loss of ward-1 by epoch: 1.20, 0.60, 0.40, 0.30")).to_be_visible()
         await expect(page.locator("#letters")).to_contain_text("truncated")
         assert await page.title() == "Splitward cloud"
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -201,6 +225,22 @@ async def test_a_rollout_is_halted_from_the_keyboard(cloud: Cloud, browser: Brow
         assert halted["reason"] == "halted on the dashboard"
 
 
+async def test_a_training_is_stopped_and_gone_on_with_from_the_keyboard(cloud: Cloud, browser: Browser) -> None:
+    await add_training(cloud)
+    async with served(cloud) as address:
+        page, complaints = await open_page(browser, address)
+        page.on("dialog", lambda dialog: dialog.accept())
+        for button, state in (("Resume", "running"), ("Stop", "stopped")):
+            await page.get_by_role("button", name=f"{button} the training chest").focus()
+            await page.keyboard.press("Enter")
+            await expect(page.locator("#trainings-said")).to_have_text(f"The training chest is {state}.")
+        (found,) = await cloud.parts.trainings.latest()
+        assert found["state"] == "stopped"
+        actions = [one.action for one in await audit.entries(cloud.parts.store)]
+        assert actions[-2:] == ["training.running", "training.stopped"]
+        assert not complaints
+
+
 async def test_the_keyboard_reaches_everything(cloud: Cloud, browser: Browser) -> None:
     async with served(cloud) as address:
         page, _ = await open_page(browser, address)
@@ -214,7 +254,7 @@ async def test_the_keyboard_reaches_everything(cloud: Cloud, browser: Browser) -
                     "document.activeElement.id || document.activeElement.getAttribute('aria-labelledby')"
                 )
             )
-        titles = ("devices", "results", "models", "rollouts", "letters")
+        titles = ("devices", "results", "models", "rollouts", "trainings", "letters")
         assert reached >= {"pause", *(f"{name}-title" for name in titles)}
         pause = page.get_by_role("button", name="Pause")
         await pause.focus()

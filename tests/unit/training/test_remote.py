@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from splitward.data import Dataset, Split, phantom
 from splitward.data.partition import partition
 from splitward.errors import TrainingError
 from splitward.training.guard import GuardSettings
-from splitward.training.loop import train
+from splitward.training.loop import reproducible, train
 from splitward.training.remote.client import Client
 from splitward.training.remote.envelope import open_envelope, seal
+from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_round
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, store
@@ -166,7 +168,7 @@ def sites() -> tuple[Dataset, list[Split]]:
     return whole, partition(whole.train, 3, least=16)
 
 
-@pytest.mark.parametrize("arrangement", ["turn", "splitfed-v1", "splitfed-v2"])
+@pytest.mark.parametrize("arrangement", ["turn", "splitfed-v1", "splitfed-v2", "fedsgd"])
 def test_sites_end_with_one_client_half_that_the_cloud_cannot_read(sites, arrangement):
     dataset, parts = sites
     settings = replace(settings_for(dataset, "sealed"), batch=8)
@@ -191,10 +193,78 @@ def test_sites_end_with_one_client_half_that_the_cloud_cannot_read(sites, arrang
     assert all(b"client/module" not in half.values.tobytes() for half in halves)
 
 
-def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites):
+@pytest.mark.parametrize("batch", [7, 500])
+def test_a_pooled_round_is_one_step_along_the_mean_gradient_of_all_sites_frames(batch):
+    whole = phantom.load("mass", 28, seed=0, count=240)
+    train_split = whole.train
+    parts = [
+        Split(train_split.images[rows], train_split.labels[rows], train_split.patients[rows])
+        for rows in np.split(np.arange(len(train_split)), [20, 95])
+    ]
+    settings = replace(settings_for(whole, "none"), batch=batch, epochs=1, shift=0)
+    assert all(len(part) % batch != 1 for part in parts), "a last batch of one frame would be left out"
+    server = Server(Plan(settings, "fedsgd", 3, rounds=1), TRAINING)
+    clients = [open_client(whole, settings, train=part, name=f"site-{n}") for n, part in enumerate(parts)]
+    run_together(server, clients)
+    with reproducible(settings.seed):
+        client = ClientTrainer(replace(settings, batch=500), whole.train, pooled=True)
+    with reproducible(settings.seed):
+        cloud = ServerTrainer(settings, pooled=True)
+    client.end(cloud.take(client.begin()).gradient)
+    assert end_round(client) == end_round(cloud) == len(train_split)
+    found, wanted = state_of(clients[0]._active), state_of(client)
+    # Momentum after the first step is the gradient itself.
+    gradients = [name for name in wanted if name.endswith("momentum_buffer")]
+    assert len(gradients) == len(list(client.network.client.parameters()))
+    for name in gradients:
+        assert wanted[name].abs().max() > 0
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].abs().max())
+        )
+    moved = {name: tensor for name, tensor in server.server_half().items() if tensor.is_floating_point()}
+    for name, tensor in moved.items():
+        torch.testing.assert_close(tensor, cloud.half.state_dict()[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_pooled_training_is_the_same_whatever_is_killed(sites, tmp_path):
+    """Kills in the middle of a round, whose gradients wait for its end."""
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "sealed"), batch=8, epochs=1)
+    ended = []
+    for kill in (False, True):
+        folder, chance = tmp_path / str(kill), random.Random(2)
+        open_server = partial(
+            Server, Plan(settings, "fedsgd", len(parts), rounds=3), TRAINING, folder / "server", every=2
+        )
+
+        def open_site(number: int, folder: Path = folder) -> Client:
+            where = folder / f"site-{number}"
+            return open_client(dataset, settings, where, train=parts[number], name=where.name, every=2)
+
+        server, clients = open_server(), {f"site-{n}": open_site(n) for n in range(len(parts))}
+        pending, kills = deque(clients), 0
+        while pending:
+            name = pending.popleft()
+            request = clients[name].request
+            for to, reply in [] if request is None else server.handle(name, request):
+                if kill and chance.random() < 0.15:
+                    server.close()
+                    clients[to].close()
+                    server, clients[to], kills = open_server(), open_site(int(to[-1])), kills + 1
+                clients[to].take(reply)
+                pending.append(to)
+        assert server.finished
+        assert (kills > 5) == kill
+        ended.append([weights_of(client) for client in clients.values()])
+    plain, killed = ended
+    assert all(differing(one, other) == [] for one, other in zip(plain, killed, strict=True))
+
+
+@pytest.mark.parametrize("arrangement", ["splitfed-v2", "fedsgd"])
+def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites, arrangement):
     dataset, parts = sites
     settings = replace(settings_for(dataset, "none"), batch=8)
-    server = Server(Plan(settings, "splitfed-v2", 3, rounds=2), TRAINING)
+    server = Server(Plan(settings, arrangement, 3, rounds=2), TRAINING)
     clients = {
         f"site-{n}": open_client(dataset, settings, train=part, name=f"site-{n}")
         for n, part in enumerate(parts)
