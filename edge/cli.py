@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -25,7 +26,11 @@ EXIT_FAILED, EXIT_ERROR, EXIT_START_ANEW = 1, 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or an exit code of those above after an error that it explains on standard error."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
+    if rest and options.command is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.command(options))
     except ReleaserError as error:
@@ -129,6 +134,13 @@ def _roll_back_model(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from edge.train import training_command
+
+    command, environment = training_command(load_settings(options.config), options.training, options.rest)
+    os.execve(command[0], command, environment)  # noqa: S606  # our own interpreter
+
+
 def _json(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
@@ -202,6 +214,14 @@ def _parser() -> argparse.ArgumentParser:
     install.set_defaults(command=_install_model)
     back = model.add_parser("rollback", parents=[configured], help="go back to the bundle before")
     back.set_defaults(command=_roll_back_model)
+    train = commands.add_parser(
+        "train",
+        parents=[configured],
+        help="take part in a training across sites; needs splitward[edge-train]",
+        epilog="Every other option is that of `splitward train`: --data, --out, --defence, --peer, --no-guard ...",
+    )
+    train.add_argument("--training", required=True, metavar="ID", help="its id, from whoever leads it")
+    train.set_defaults(command=_train)
     _add_install(commands)
     return parser
 

@@ -203,7 +203,8 @@ def _broker_of(arguments: argparse.Namespace) -> Any:
     host, _, port = arguments.broker.rpartition(":")
     if not host or not port.isdigit():
         raise SplitwardError(f"--broker {arguments.broker}: give HOST:PORT.")
-    return Broker(host, int(port), arguments.ca, arguments.cert, arguments.key)
+    secret = [os.environ.get(f"SPLITWARD_BROKER_{name}") for name in ("USERNAME", "PASSWORD")]
+    return Broker(host, int(port), arguments.ca, arguments.cert, arguments.key, *secret)
 
 
 def _settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from export.exporter import export_run
 from firmware_sim.broker import Broker as SimulatedBroker
+from firmware_sim.broker import free_port
 from splitward.data import open_dataset, phantom
 from splitward.data.partition import partition
 from splitward.training.remote.carrier import Broker, run_client, run_server
@@ -146,3 +151,58 @@ def test_two_sites_and_a_coordinator_by_their_commands(tmp_path: Path, mosquitto
     dataset = open_dataset("phantom", size=28)
     export_run(runs[0], dataset, tmp_path / "out.bundle", create_signing_key(tmp_path / "signing.key"))
     assert (tmp_path / "out.bundle").exists()
+
+
+@pytest.mark.slow
+def test_devices_take_part_in_a_training_of_the_service(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
+    """Made over the API, led by the service's process, which is killed on the way; devices come by `edge train`."""
+    broker, port = f"port = {mosquitto.port}", free_port()
+    config = tmp_path / "cloud.toml"
+    config.write_text(
+        f"models = []\n[broker]\n{broker}\n[api]\nport = {port}\n[store]\n"
+        f'url = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n[fleet]\nstate_dir = "{tmp_path}/fleet"\n'
+    )
+    url = f"http://127.0.0.1:{port}"
+    asked = {"name": "mass", "channels": 1, "side": 28, "classes": 2, "sites": 2, "rounds": 4}
+
+    def start_service() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "cloud", "--config", str(config)])
+
+    def ask(path: str, condition: Callable[[Any], bool]) -> Any:
+        due_s = time.monotonic() + JOIN_S
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                found = httpx.get(f"{url}{path}").json()
+                if condition(found):
+                    return found
+            assert time.monotonic() < due_s, found
+            time.sleep(0.1)
+
+    service, devices = start_service(), []
+    try:
+        ask("/healthz", bool)
+        training = httpx.post(f"{url}/v1/trainings", json=asked | {"epochs": 2, "batch": 16}).json()["id"]
+        for number in range(2):
+            settings = tmp_path / f"edge-{number}.toml"
+            settings.write_text(f'[device]\nid = "pi-{number}"\nsite = "ward"\n[broker]\n{broker}\n')
+            about = ["--data", "phantom", "--size", "28", "--out", str(tmp_path / f"run-{number}")]
+            command = [sys.executable, "-m", "edge", "train", "--config", str(settings), "--training", training]
+            devices.append(subprocess.Popen([*command, *about]))
+        ask(f"/v1/trainings/{training}", lambda found: found["progress"].get("round", 0) >= 1)
+        service.kill()
+        service.wait()
+        service = start_service()
+        assert [device.wait(JOIN_S) for device in devices] == [0, 0]
+        found = ask(f"/v1/trainings/{training}", lambda found: found["state"] == "done")
+    finally:
+        for process in (service, *devices):
+            process.terminate()
+            process.wait()
+    assert found["progress"]["round"] == 4
+    sites = found["progress"]["sites"]
+    assert [site["device"] for site in sites] == ["pi-0", "pi-1"]
+    assert all(site["steps"] == site["of"] and len(site["curve"]) == 2 for site in sites)
+    run = open_run(tmp_path / "run-0")
+    assert run.read_metrics()[-1]["final"]
+    losses = [line["loss"] for line in run.read_metrics()[:2]]
+    assert losses == pytest.approx([one["loss"] for one in sites[0]["curve"]], rel=1e-4)

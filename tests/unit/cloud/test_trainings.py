@@ -1,0 +1,124 @@
+"""Trainings as jobs of the service: what may be asked, and what becomes of the process that leads them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from cloud import audit, training
+
+pytestmark = pytest.mark.anyio
+ASKED = {"name": "chest", "channels": 1, "side": 28, "classes": 2, "sites": 2}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PERIOD_S", 0.05)
+
+
+def folder_of(cloud) -> Path:
+    return Path(cloud.parts.fleet.state_dir) / "trainings"
+
+
+async def until(cloud, name: str, state: str) -> dict:
+    for _ in range(600):
+        found = (await cloud.http.get(f"/v1/trainings/{name}")).json()
+        if found["state"] == state:
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{found}: not {state}")
+
+
+async def test_a_training_is_made_stopped_and_gone_on_with(cloud):
+    answer = await cloud.http.post("/v1/trainings", json=ASKED)
+    assert answer.status_code == 201, answer.text
+    name = answer.json()["id"]
+    for _ in range(600):
+        found = (await cloud.http.get(f"/v1/trainings/{name}")).json()
+        if found["progress"]:
+            break
+        await asyncio.sleep(0.05)
+    assert found["progress"] | {"bytes_up": 0, "bytes_down": 0} == {
+        "failure": "", "finished": False, "round": 0, "rounds": 1, "bytes_up": 0, "bytes_down": 0, "sites": [],
+    }  # fmt: skip
+    broker = folder_of(cloud) / "broker.json"
+    assert broker.stat().st_mode & 0o777 == 0o600
+    process = cloud.parts.trainings._process
+    assert (await cloud.http.post(f"/v1/trainings/{name}/stop")).json()["state"] == "stopped"
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+    again = await cloud.http.post(f"/v1/trainings/{name}/stop")
+    assert (again.status_code, again.json()["reason"]) == (409, "wrong_state")
+    assert (await cloud.http.post(f"/v1/trainings/{name}/resume")).json()["state"] == "running"
+    assert [one.action for one in await audit.entries(cloud.parts.store)] == [
+        "training.create", "training.stopped", "training.running",
+    ]  # fmt: skip
+    await cloud.parts.trainings.count()
+    assert cloud.metric("splitward_trainings", state="running") == 1
+    (listed,) = (await cloud.http.get("/v1/trainings")).json()["trainings"]
+    assert listed["id"] == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"defence": "armour"}, "defence 'armour' is not known"),
+        ({"side": 30}, "multiple of 4"),
+        ({"noise": 1.0}, "noise without clip"),
+        ({"arrangement": "single"}, "single is for one client"),
+    ],
+)
+async def test_what_cannot_be_planned_fails_and_says_why(cloud, wrong, words):
+    name = (await cloud.http.post("/v1/trainings", json=ASKED | wrong)).json()["id"]
+    found = await until(cloud, name, "failed")
+    assert words in found["reason"]
+
+
+async def test_a_request_that_makes_no_sense_is_refused(cloud):
+    for wrong in ({"classes": 1}, {"epochs": 0}, {"precision": "int3"}, {"colour": "red"}, {"name": "a b"}):
+        assert (await cloud.http.post("/v1/trainings", json=ASKED | wrong)).status_code == 422
+    assert (await cloud.http.get(f"/v1/trainings/{'0' * 32}")).status_code == 404
+    assert (await cloud.http.post(f"/v1/trainings/{'0' * 32}/resume")).status_code == 404
+
+
+async def test_there_is_a_limit(cloud, monkeypatch):
+    monkeypatch.setattr(training, "MAX_RUNNING", 1)
+    assert (await cloud.http.post("/v1/trainings", json=ASKED)).status_code == 201
+    second = await cloud.http.post("/v1/trainings", json=ASKED)
+    assert (second.status_code, second.json()["reason"]) == (409, "too_many")
+
+
+async def test_a_host_without_torch_says_so(cloud, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda _name: None)
+    answer = await cloud.http.post("/v1/trainings", json=ASKED)
+    assert (answer.status_code, answer.json()["reason"]) == (409, "cannot_train")
+
+
+async def test_a_process_that_ends_is_started_again_and_the_service_ends_it(run_cloud, caplog):
+    async with run_cloud() as cloud:
+        name = (await cloud.http.post("/v1/trainings", json=ASKED)).json()["id"]
+        progress = folder_of(cloud) / name / "progress.json"
+        seen = []
+        for _ in range(2):
+            for _ in range(900):
+                process = cloud.parts.trainings._process
+                if process is not None and process not in seen and progress.exists():
+                    break
+                await asyncio.sleep(0.05)
+            assert process is not None
+            assert process not in seen
+            seen.append(process)
+            progress.unlink()
+            process.kill()
+            await process.wait()
+        assert "ended with -9" in caplog.text
+        for _ in range(900):
+            if progress.exists():
+                break
+            await asyncio.sleep(0.05)
+        last = cloud.parts.trainings._process
+        assert json.loads(progress.read_text())["rounds"] == 1
+    assert last is not None
+    assert last.returncode == 0, "the drained service has ended it"
