@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -142,18 +141,13 @@ class SimulatedDevice:
                 "FAKETIME_CACHE_DURATION": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
-        limit = self._memory_bytes
-
-        def limit_memory() -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
+        limited = ["prlimit", f"--as={self._memory_bytes}"] if self._memory_bytes else []
         with (self.folder / "report.json").open("wb") as output, (self.folder / "agent.log").open("ab") as said:
             return subprocess.Popen(
-                [sys.executable, "-m", "edge", "run", "--config", str(self._toml), *flags],
+                [*limited, sys.executable, "-m", "edge", "run", "--config", str(self._toml), *flags],
                 stdout=output,
                 stderr=said,
                 env=environment,
-                preexec_fn=limit_memory if limit else None,  # this process has no other threads then
             )
 
 

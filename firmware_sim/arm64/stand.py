@@ -200,7 +200,8 @@ class Stand:
     def _write_settings(self, cards: Sequence[Path], trusted_key: Path | None) -> None:
         folder, names = self.folder, (("ca", "ca.pem"), ("cert", "cloud.pem"), ("key", "cloud.key"))
         tls = {name: str(folder / file) for name, file in names}
-        fleet: dict[str, Any] = {"state_dir": str(folder / "fleet")}
+        public_url = f"https://{GUEST_HOST}:{self.api_port}"
+        fleet: dict[str, Any] = {"state_dir": str(folder / "fleet"), "public_url": public_url}
         if trusted_key is not None:
             fleet |= {"trusted_key": str(trusted_key), "broker_host": GUEST_HOST, "broker_port": self.port}
         tables = {
