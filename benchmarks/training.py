@@ -158,6 +158,13 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         for data, cells in accuracy.items()
     }
     by_cell = {(line["data"], line["cell"]): line for line in lines}
+    carried = {
+        data: {
+            cell: round(sum(by_cell[data, cell][f"bytes_{way}_per_frame"] for way in ("up", "down")))
+            for cell in cells
+        }
+        for data, cells in whole.items()
+    }
     saving, cost = {}, {}
     for data, cells in whole.items():
         exact, coarse = "identical splitfed-v2 float32", "identical splitfed-v2 int8"
@@ -165,13 +172,19 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             spent = [by_cell[data, cell]["step_bytes_per_frame"] for cell in (exact, coarse)]
             saving[data] = round(spent[0] / spent[1], 2)
             cost[data] = round(cells[exact] - cells[coarse], 2)
-    return {"accuracy": whole, "int8_bytes_saving": saving, "int8_accuracy_cost": cost}
+    return {
+        "accuracy": whole,
+        "bytes_per_frame": carried,
+        "int8_bytes_saving": saving,
+        "int8_accuracy_cost": cost,
+    }
 
 
 def format_page(result: dict[str, Any]) -> str:
     """The figures for people."""
     rows = [
-        f"| {data} | {cell} | {value:.2f} | {value - cells['pooled']:+.2f} |"
+        f"| {data} | {cell} | {value:.2f} | {value - cells['pooled']:+.2f} | "
+        f"{result['bytes_per_frame'][data][cell]:,} |"
         for data, cells in result["accuracy"].items()
         for cell, value in cells.items()
     ]
@@ -184,9 +197,10 @@ def format_page(result: dict[str, Any]) -> str:
 
 Command: `{result["command"]}`. `training.jsonl` has a line for each training: classes at each site, bytes, settings.
 {SITES} sites, `sealed`, one seed, accuracy of the decision on test data. `pooled` is one site with all the images.
+Bytes: everything that crosses the network, both ways, for one frame of one epoch; most of it is client halves.
 
-| data | sites | accuracy % | beside pooled |
-| --- | --- | --- | --- |
+| data | sites | accuracy % | beside pooled | bytes a frame |
+| --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
 Bytes of a step, both ways: int8 saves {saved}; it costs {cost} of accuracy (negative: it is better).

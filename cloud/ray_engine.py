@@ -68,6 +68,7 @@ class RayEngine:
     """
 
     def __init__(self, paths: Iterable[str], batch_size: int, config: EngineConfig) -> None:
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # its threads outlive a shutdown, and would start a cluster
         try:
             import ray.serve
         except ImportError as error:

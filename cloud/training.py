@@ -53,7 +53,7 @@ class Trainings:
         self._process: asyncio.subprocess.Process | None = None
         self._led: tuple[str, ...] = ()
         self._failures = 0
-        self._wait_until_s = 0.0
+        self._started_s = self._wait_until_s = 0.0
 
     async def keep(self) -> None:
         """Lead what is to be led, until cancelled."""
@@ -178,12 +178,14 @@ class Trainings:
                 stdout=told,
                 stderr=told,
             )
+        self._started_s = time.monotonic()
         log.info("process %d leads %d trainings", self._process.pid, len(wanted))
 
     async def _note_end(self, code: int) -> None:
         """It has ended by itself: start it again, later each time."""
         self._process, self._led = None, ()
-        self._failures += 1
+        lasted = time.monotonic() - self._started_s > LONGEST_WAIT_S
+        self._failures = 1 if lasted else self._failures + 1
         wait_s = min(2.0**self._failures, LONGEST_WAIT_S)
         self._wait_until_s = time.monotonic() + wait_s
         said = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -194,7 +196,6 @@ class Trainings:
         process, self._process, self._led = self._process, None, ()
         if process is None:
             return
-        self._failures = 0
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
