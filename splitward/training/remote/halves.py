@@ -35,7 +35,7 @@ from splitward.training.remote.state import Trained
 from splitward.training.settings import RunSettings
 
 STREAMS = ("attacked", "recovered", "fused")
-SGD_RATE = 17.0
+SGD_RATE = 10.0
 """A pooled client half's learning rate, in AdamW's (our choice, on validation data)."""
 SGD_MOMENTUM = 0.9
 
