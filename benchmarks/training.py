@@ -114,7 +114,7 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     plan = Plan(settings, cell.arrangement, sites, rounds, precision=cell.precision)
     training = seed.to_bytes(16, "little")
     server = CountingServer(plan, training)
-    # Rounded gradients are not to be judged; and at one of MNIST's unlike sites the guard stopped an honest training.
+    # The guard is not made for rounded gradients; of FedSGD on MNIST it stopped honest trainings that were to collapse.
     judged = cell.precision == "float32" and cell.arrangement != "fedsgd"
     guard = GuardSettings() if judged else None
     clients = [
