@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.training_trials import measure_hijack, measure_kills, measure_throughput
+from benchmarks.training_trials import (
+    measure_hijack,
+    measure_kills,
+    measure_label_leakage,
+    measure_throughput,
+)
 from splitward.data import Dataset, open_dataset
 from splitward.data.partition import partition
 from splitward.method.fusion import rank_weights
@@ -192,6 +197,11 @@ def format_page(result: dict[str, Any]) -> str:
     cost = ", ".join(f"{data} {value:+.2f} points" for data, value in result["int8_accuracy_cost"].items())
     chaos, hijack = result["chaos"], result["hijack"]
     seeds, found = (", ".join(str(one[key]) for one in hijack["trainings"]) for key in ("seed", "step"))
+    leaked = [
+        f"| {one['precision']} | {one['steps']} | {one['norm_auc']:.3f} | {one['cosine_auc']:.3f} | "
+        f"{one['clustered']:.3f} | {one['few_shot']:.3f} | {one['majority']:.3f} |"
+        for one in result["label_leakage"]["found"]
+    ]
     equal = "are" if chaos["weights_equal_in_process"] else "are not"
     return f"""# Training across sites
 
@@ -215,6 +225,17 @@ an SSIM of at most {hijack["ssim_at_detection"]:.3f}, the image of the class alo
 
 Speed: at {result["throughput"]["rtt_ms"]:.0f} ms from site to cloud and back, journals on disk, `sealed`, batch
 {result["throughput"]["batch"]}: {100 * result["throughput_fraction_20ms"]:.0f} % of the steps a second of one process.
+
+## Labels that stay at the client
+
+What the gradient at the last layers tells the cloud of them (`splitward/audit/label_leakage.py`): PneumoniaMNIST,
+`sealed`, {result["label_leakage"]["epochs"]} epochs, {result["label_leakage"]["steps"]} steps of each stage.
+Areas under the curve, 0.5 is chance; shares of labels found, with no label known (clusters) and with five of each class
+(few-shot). Where labels go to the cloud, it has them in any case.
+
+| precision | steps | by length, AUC | by cosine, AUC | clusters | few-shot | majority |
+| --- | --- | --- | --- | --- | --- | --- |
+{chr(10).join(leaked)}
 """
 
 
@@ -243,6 +264,7 @@ def main() -> int:
     chaos = measure_kills(2000, 30)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
     result = before | summarise(lines) | {"chaos": chaos} | measure_throughput() | measure_hijack()
+    result |= measure_label_leakage(str(given.data / DATA[0].file))
     result["weights_equal_in_process"] = chaos["weights_equal_in_process"]
     result["command"] = "python -m benchmarks.training --data FOLDER"
     result["versions"] = versions()

@@ -7,17 +7,19 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from firmware_sim.broker import start_broker
 from firmware_sim.proxy import FaultProxy, Toxics
 from splitward.audit.hijack import HijackingServer, HijackSettings
 from splitward.audit.hijack_trial import BATCH, HIJACK_SEEDS, HONEST_SEEDS, TARGETS, class_mean_ssim
+from splitward.audit.label_leakage import infer_labels
 from splitward.audit.metrics import ssim
 from splitward.data import Dataset, open_dataset, phantom
 from splitward.data.dataset import Split
@@ -29,10 +31,14 @@ from splitward.training.remote.carrier import Broker, run_client, run_server
 from splitward.training.remote.client import Client
 from splitward.training.remote.halves import Exchange, Taken
 from splitward.training.remote.plan import Plan
-from splitward.training.remote.server import Server
+from splitward.training.remote.precision import Stored
+from splitward.training.remote.server import Replies, Server
 from splitward.training.remote.site import whole_network
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
+from splitward.wire.training import Phase, decode_training
+
+LEAKAGE_STEPS = 10
 
 
 def measure_kills(steps: int, kills: int, seed: int = 0) -> dict[str, Any]:
@@ -215,6 +221,52 @@ def measure_hijack(steps: int = 150) -> dict[str, Any]:
             "steps": steps,
         }
     }
+
+
+class _Reader(Server):
+    """An honest but curious cloud: it keeps the gradients that the client sends back."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, bytes(16))
+        self.read: list[tuple[Tensor, Tensor]] = []
+        self.client: Client | None = None
+
+    def handle(self, device: str, payload: bytes) -> Replies:
+        """As the server's own."""
+        message = decode_training(payload)
+        if message.phase is Phase.BACK and self.client is not None and self.client.trainer is not None:
+            real = Stored(message.values, message.scale, message.nibbles).real()
+            self.read.append((real, self.client.trainer.wanted.clone()))
+        return super().handle(device, payload)
+
+
+def measure_label_leakage(path: str, epochs: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Labels at the client, PneumoniaMNIST, sealed: what the gradient at the last layers tells of them.
+
+    In the first, a middle and the last `LEAKAGE_STEPS` steps, by precision. It is the client's training data, so there
+    is nothing to be split.
+    """
+    torch.set_num_threads(1)
+    dataset = open_dataset(path)
+    split, found = split_settings(dataset, "sealed"), []
+    settings = RunSettings(path, None, None, split, epochs=epochs, batch=64, shift=2, seed=seed)
+    for precision in ("float32", "int8", "int4"):
+        reader = _Reader(Plan(settings, labels="client", precision=precision))
+        reader.client = Client("site-0", bytes(16), dataset.train, split, guard=None, repeatable=True)
+        run_together(reader, [reader.client])
+        middle = len(reader.read) // 2
+        for when, steps in (
+            ("first", reader.read[:LEAKAGE_STEPS]),
+            ("middle", reader.read[middle : middle + LEAKAGE_STEPS]),
+            ("last", reader.read[-LEAKAGE_STEPS:]),
+        ):
+            gradients, labels = (torch.cat(parts) for parts in zip(*steps, strict=True))
+            leaked = asdict(infer_labels(gradients, labels, len(dataset.classes), seed=seed))
+            rounded = {
+                key: round(value, 4) if isinstance(value, float) else value for key, value in leaked.items()
+            }
+            found.append({"precision": precision, "steps": when} | rounded)
+    return {"label_leakage": {"epochs": epochs, "steps": LEAKAGE_STEPS, "seed": seed, "found": found}}
 
 
 def take(split: Split, count: int) -> Split:
