@@ -32,7 +32,7 @@ from cloud.store import Store
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("torch", "safetensors", "paho", "tqdm")
+NEEDED = ("torch", "safetensors", "paho", "tqdm", "PIL")
 MODULE = "splitward.training.remote.lead"
 PERIOD_S = 1.0
 LEASE_S = 15.0
@@ -78,7 +78,7 @@ class Trainings:
         `Problem` 409 where this host cannot train, or leads as many trainings as it may.
         """
         if missing := [package for package in NEEDED if find_spec(package) is None]:
-            what = f"this host has no {', '.join(missing)}: install splitward[cloud,train] on it."
+            what = f"this host has no {', '.join(missing)}: install splitward[cloud] on it."
             raise Problem(409, "cannot_train", what)
         trainings, training = tables.trainings, secrets.token_hex(16)
         row = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import threading
@@ -21,10 +22,13 @@ from firmware_sim.broker import Broker as SimulatedBroker
 from firmware_sim.broker import free_port
 from splitward.data import open_dataset, phantom
 from splitward.data.partition import partition
+from splitward.errors import TrainingError
 from splitward.training.remote.carrier import Broker, run_client, run_server
 from splitward.training.remote.client import Client
+from splitward.training.remote.halves import Exchange, ServerTrainer, Taken
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.server import Server
+from splitward.training.remote.site import coordinate
 from splitward.training.remote.state import state_of
 from splitward.training.remote.together import run_together
 from splitward.training.run import open_run
@@ -105,6 +109,49 @@ def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -
     assert server.session.drops >= 1
     stop.set()
     serving.join(JOIN_S)
+
+
+def test_a_training_that_diverges_ends_and_every_site_is_told(
+    tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitward.training.remote.site.REFUSING_S", 3.0)
+    steps = []
+
+    def take(trainer: ServerTrainer, sent: Exchange) -> Taken:
+        steps.append(sent.step)
+        return Taken(torch.zeros_like(sent.released), math.nan if len(steps) > 3 else 1.0, 0)
+
+    monkeypatch.setattr(ServerTrainer, "take", take)
+    dataset = phantom.load("mass", 28, seed=0, count=240)
+    parts = partition(dataset.train, 2, least=16)
+    split = split_settings(dataset, "none")
+    plan = Plan(
+        RunSettings("phantom", None, 28, split, epochs=9, batch=8, learning_rate=1e12), "splitfed-v2", 2
+    )
+    broker, said = Broker(mosquitto.host, mosquitto.port), []
+
+    def take_part(number: int, training: bytes) -> None:
+        client = Client(f"site-{number}", training, parts[number], split, guard=None)
+        try:
+            run_client(client, "ward", broker)
+        except TrainingError as error:
+            said.append(str(error))
+
+    sites: list[threading.Thread] = []
+
+    def begin(training: str) -> None:
+        for number in range(2):
+            sites.append(
+                threading.Thread(target=take_part, args=(number, bytes.fromhex(training)), daemon=True)
+            )
+            sites[-1].start()
+
+    with pytest.raises(TrainingError, match="diverged"):
+        coordinate(plan, tmp_path / "lead", broker, begin)
+    for site in sites:
+        site.join(JOIN_S)
+    assert len(said) == 2
+    assert all("diverged" in one for one in said)
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ class Plan:
     precision : "float32", "int8" or "int4"
         Of activations and gradients on the wire.
     clip : float
-        Largest norm of one frame's gradient at the cut, before the batch's mean; 0 for no limit.
+        Largest norm of one frame's gradient at the cut, before the batch's mean; 0 for no limit. Like `noise` it acts
+        on what the cloud sends down, and hides nothing from the cloud itself.
     noise : float
         Standard deviation of the noise on these gradients, in units of `clip`.
     silence_s : float

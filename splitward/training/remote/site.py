@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from splitward.training.remote.plan import Plan
 from splitward.training.remote.server import Server
 from splitward.training.run import Run, create_run, write_atomically
 from splitward.training.settings import RunSettings
+
+REFUSING_S = 15.0
+"""How long a training that has failed is answered: each site asks again, and is told why."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,21 @@ def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], o
     told(training.hex())
     server = Server(plan, training, folder / "journal")
     try:
-        run_server({training: server}, broker)
+        run_server({training: server}, broker, _until_over(server))
         if server.failure:
             raise TrainingError(server.failure)
     finally:
         server.close()
+
+
+def _until_over(server: Server) -> Callable[[], bool]:
+    """Whether to answer on: until every site has what it came for, or long enough after a failure."""
+    failed_s: list[float] = []
+
+    def goes_on() -> bool:
+        if not server.failure:
+            return not server.finished
+        failed_s.append(time.monotonic())
+        return time.monotonic() - failed_s[0] < REFUSING_S
+
+    return goes_on
