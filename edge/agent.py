@@ -260,7 +260,8 @@ class Agent:
     def _answer(self, answer: Answer) -> None:
         for taker in self._takers:
             taker(answer)
-        if answer.boot.hex() == self._boot:
+        ready = self._releaser.ready  # a bundle on trial is not judged by the frames of the one before it
+        if ready is not None and answer.boot == ready.boot:
             self._updates.judge(good=isinstance(answer.reply, Result))
 
     def _lose(self, reason: str, digest: int | None) -> None:

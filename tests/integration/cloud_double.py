@@ -105,7 +105,7 @@ class Cloud:
             [("splitward/v1/+/+/activation", 1), (topics.every_status(), 1), (topics.every_outcome(), 1)]
         )
 
-    def _take(self, client: Client, _userdata: Any, message: MQTTMessage) -> None:
+    def _take(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         site, device, kind = topics.parse(message.topic)
         with self.changed:
             if kind == "status":
@@ -119,9 +119,14 @@ class Cloud:
                 self.received.append(key)
                 self._copies[key] += 1
                 if not self.deaf and not self.ignore(activation, self._copies[key]):
-                    answer = self.answers.setdefault(key, self._answer(activation))
-                    client.publish(topics.result(site, device), encode_control(answer), qos=1)
+                    self.answer(activation, site)
             self.changed.notify_all()
+
+    def answer(self, activation: Activation, site: str = "demo") -> None:
+        """Answer an activation, now: the same as before if it was answered."""
+        key = (activation.device, activation.boot.hex(), activation.sequence)
+        answer = self.answers.setdefault(key, self._answer(activation))
+        self._client.publish(topics.result(site, activation.device), encode_control(answer), qos=1)
 
     def _answer(self, activation: Activation) -> Result | Refusal:
         boot, sequence = activation.boot.hex(), activation.sequence

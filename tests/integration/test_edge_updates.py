@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from edge.settings import load_settings
 from firmware_sim.broker import Broker
 from firmware_sim.fleet import to_toml
 from splitward.wire.bundle import read_bundle, read_trusted_key, write_bundle
+from splitward.wire.message import Activation
 from splitward.wire.orders import Announcement, Command
 from tests.integration.cloud_double import TIMEOUT_S, Cloud, cloud_at, configure
 from tests.integration.cloud_https import HttpsCloud, https_cloud, public_pem
@@ -214,14 +216,35 @@ def without_signature(path: Path) -> bytes:
 def test_a_bundle_whose_frames_fail_is_rolled_back(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud
 ) -> None:
+    """Although frames of the bundle before it are answered well while it is started."""
     config = settings(tmp_path, mosquitto, tiny_bundle, web, trial_s=60.0)
     model = newer(tiny_bundle, tmp_path / "unserved.bundle")
+    withheld: list[Activation] = []
+
+    def ignore(one: Activation, _copies: int) -> bool:
+        if one.model == model:
+            return False
+        withheld.append(one)
+        return True
+
+    def answer_late() -> None:
+        while ModelStore(config).active.trial is None:
+            time.sleep(0.01)
+        for one in withheld:
+            cloud.answer(one)
+            time.sleep(0.05)
+
     with cloud_at(mosquitto) as cloud, running(config):
+        cloud.ignore = ignore
         cloud.judge = lambda one: "unknown_model" if one.model == model else None
+        late = threading.Thread(target=answer_late)
+        late.start()
+        cloud.wait(lambda: len(withheld) >= 10)
         outcome = cloud.outcome_of(announce(cloud, web, 1, publish(web, tmp_path / "unserved.bundle", model)))
         assert (outcome.state, outcome.reason) == ("rolled_back", "frames_fail")
         cloud.wait(lambda: cloud.statuses["device-1"][-1].model_name == "tiny")
         assert ModelStore(config).active.model == ""
+        late.join(TIMEOUT_S)
 
 
 def test_a_bundle_that_crashes_the_releaser_is_rolled_back(
