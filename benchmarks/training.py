@@ -1,8 +1,8 @@
 """Training across sites beside pooled training, to docs/results/training.json. A finished cell is not run again.
 
-`python -m benchmarks.training --data FOLDER [--only pneumoniamnist]`, where FOLDER holds pneumoniamnist.npz. All sites
-run in one process, through the very state machines and messages that cross a network. Batch and rounds of a site were
-set before the first run; test data is looked at once for each cell.
+`python -m benchmarks.training --data FOLDER`, where FOLDER holds pneumoniamnist.npz; `--only`, `--seeds`, `--cells` and
+`--trials` choose. All sites run in one process, through the very state machines and messages that cross a network.
+Batch and rounds of a site were set before the first run; test data is looked at once for each cell.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,8 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
     plan = Plan(settings, cell.arrangement, sites, rounds, precision=cell.precision)
     training = seed.to_bytes(16, "little")
     server = CountingServer(plan, training)
-    # The guard is not made for rounded gradients; of FedSGD on MNIST it stopped honest trainings that were to collapse.
-    judged = cell.precision == "float32" and cell.arrangement != "fedsgd"
-    guard = GuardSettings() if judged else None
+    # Of FedSGD on MNIST the guard stopped honest trainings that were to collapse.
+    guard = None if cell.arrangement == "fedsgd" else GuardSettings()
     clients = [
         Client(f"site-{number}", training, part, settings.split, guard=guard)
         for number, part in enumerate(parts)
@@ -154,7 +154,7 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """`accuracy` by data set and cell, beside pooled, in percent on test data; what int8 costs and saves."""
-    accuracy: dict[str, dict[str, Any]] = {}
+    accuracy: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         found = accuracy.setdefault(line["data"], {}).setdefault(line["cell"], [])
         found.append(round(100 * line["test"]["decision"], 2))
@@ -179,6 +179,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             cost[data] = round(cells[exact] - cells[coarse], 2)
     return {
         "accuracy": whole,
+        "accuracy_by_seed": accuracy,
         "bytes_per_frame": carried,
         "int8_bytes_saving": saving,
         "int8_accuracy_cost": cost,
@@ -189,6 +190,7 @@ def format_page(result: dict[str, Any]) -> str:
     """The figures for people."""
     rows = [
         f"| {data} | {cell} | {value:.2f} | {value - cells['pooled']:+.2f} | "
+        f"{', '.join(f'{one:.2f}' for one in result['accuracy_by_seed'][data][cell])} | "
         f"{result['bytes_per_frame'][data][cell]:,} |"
         for data, cells in result["accuracy"].items()
         for cell, value in cells.items()
@@ -196,7 +198,11 @@ def format_page(result: dict[str, Any]) -> str:
     saved = ", ".join(f"{data} {value:.2f} times" for data, value in result["int8_bytes_saving"].items())
     cost = ", ".join(f"{data} {value:+.2f} points" for data, value in result["int8_accuracy_cost"].items())
     chaos, hijack = result["chaos"], result["hijack"]
-    seeds, found = (", ".join(str(one[key]) for one in hijack["trainings"]) for key in ("seed", "step"))
+    guarded = [
+        f"| {precision} | {', '.join(str(one['step']) for one in found['trainings'])} | "
+        f"{found['ssim_at_detection']:.3f} | {found['false_alarms']} of {found['honest_trainings']} |"
+        for precision, found in {"float32": hijack, **result["hijack_rounded"]}.items()
+    ]
     leaked = [
         f"| {one['precision']} | {one['steps']} | {one['norm_auc']:.3f} | {one['cosine_auc']:.3f} | "
         f"{one['clustered']:.3f} | {one['few_shot']:.3f} | {one['majority']:.3f} |"
@@ -206,11 +212,11 @@ def format_page(result: dict[str, Any]) -> str:
     return f"""# Training across sites
 
 Command: `{result["command"]}`. `training.jsonl` has a line for each training: classes at each site, bytes, settings.
-{SITES} sites, `sealed`, one seed, accuracy of the decision on test data. `pooled` is one site with all the images.
+{SITES} sites, `sealed`, accuracy of the decision on test data, mean over seeds. `pooled`: one site has all the images.
 Bytes: everything that crosses the network, both ways, for one frame of one epoch; most of it is client halves.
 
-| data | sites | accuracy % | beside pooled | bytes a frame |
-| --- | --- | --- | --- | --- |
+| data | sites | accuracy % | beside pooled | each seed | bytes a frame |
+| --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
 Bytes of a step, both ways: int8 saves {saved}; it costs {cost} of accuracy (negative: it is better).
@@ -218,10 +224,13 @@ Bytes of a step, both ways: int8 saves {saved}; it costs {cost} of accuracy (neg
 Kills of either side: {chaos["kills"]} over {chaos["steps"]} steps; {chaos["steps_lost"]} lost,
 {chaos["steps_twice"]} taken twice. The weights of both halves {equal} those of one process, bit for bit.
 
-A cloud that hijacks the training (sealed MNIST, seeds {seeds}) is
-stopped by the client at step {found}; its reconstructions then have
-an SSIM of at most {hijack["ssim_at_detection"]:.3f}, the image of the class alone {hijack["floor_ssim"]:.3f}.
-{hijack["false_alarms"]} of {hijack["honest_trainings"]} honest trainings of {hijack["steps"]} steps were stopped.
+A cloud that hijacks the training (sealed MNIST, seeds {", ".join(str(one["seed"]) for one in hijack["trainings"])}), by
+precision of the messages: the steps at which the client stops, the SSIM of its reconstructions then (the image of the
+class alone has {hijack["floor_ssim"]:.3f}), and the honest trainings of {hijack["steps"]} steps that were stopped.
+
+| precision | stopped at step | worst SSIM | false alarms |
+| --- | --- | --- | --- |
+{chr(10).join(guarded)}
 
 Speed: at {result["throughput"]["rtt_ms"]:.0f} ms from site to cloud and back, journals on disk, `sealed`, batch
 {result["throughput"]["batch"]}: {100 * result["throughput_fraction_20ms"]:.0f} % of the steps a second of one process.
@@ -239,19 +248,45 @@ Areas under the curve, 0.5 is chance; shares of labels found, with no label know
 """
 
 
+def _kills(_path: str) -> dict[str, Any]:
+    chaos = measure_kills(2000, 30)
+    return {"chaos": chaos, "weights_equal_in_process": chaos["weights_equal_in_process"]}
+
+
+def _hijack(_path: str) -> dict[str, Any]:
+    rounded: tuple[Precision, ...] = ("int8", "int4")
+    return {"hijack": measure_hijack(), "hijack_rounded": {one: measure_hijack(one) for one in rounded}}
+
+
+TRIALS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "kills": _kills,
+    "throughput": lambda _path: measure_throughput(),
+    "hijack": _hijack,
+    "labels": measure_label_leakage,
+}
+"""Each takes the path of PneumoniaMNIST."""
+
+
 def main() -> int:
     """Run what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[one.name for one in DATA])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--cells", nargs="*", default=[one.name for one in CELLS])
+    parser.add_argument("--trials", nargs="*", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--out", type=Path, default=Path("docs/results/training.json"))
     given = parser.parse_args()
     ledger = given.out.with_suffix(".jsonl")
     lines = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
     for data in (one for one in DATA if one.name in given.only):
         done = {(line["cell"], line["seed"]) for line in lines if line["data"] == data.name}
-        missing = [(cell, seed) for seed in given.seeds for cell in CELLS if (cell.name, seed) not in done]
+        missing = [
+            (cell, seed)
+            for seed in given.seeds
+            for cell in CELLS
+            if cell.name in given.cells and (cell.name, seed) not in done
+        ]
         where = str(given.data / data.file) if data.file.endswith(".npz") else data.file
         dataset = open_dataset(where) if missing else None
         for cell, seed in missing:
@@ -261,11 +296,9 @@ def main() -> int:
             sys.stdout.flush()
             with ledger.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-    chaos = measure_kills(2000, 30)
-    before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    result = before | summarise(lines) | {"chaos": chaos} | measure_throughput() | measure_hijack()
-    result |= measure_label_leakage(str(given.data / DATA[0].file))
-    result["weights_equal_in_process"] = chaos["weights_equal_in_process"]
+    result = (json.loads(given.out.read_text()) if given.out.exists() else {}) | summarise(lines)
+    for name in given.trials:
+        result |= TRIALS[name](str(given.data / DATA[0].file))
     result["command"] = "python -m benchmarks.training --data FOLDER"
     result["versions"] = versions()
     given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ from splitward.training.loop import frames_of, reproducible, to_unit, train
 from splitward.training.remote.carrier import Broker, run_client, run_server
 from splitward.training.remote.client import Client
 from splitward.training.remote.halves import Exchange, Taken
-from splitward.training.remote.plan import Plan
+from splitward.training.remote.plan import Plan, Precision
 from splitward.training.remote.precision import Stored
 from splitward.training.remote.server import Replies, Server
 from splitward.training.remote.site import whole_network
@@ -172,7 +172,7 @@ class Hijacker:
         return Taken(self.server.answer(sent.released, sent.labels), 0.0, 0)
 
 
-def measure_hijack(steps: int = 150) -> dict[str, Any]:
+def measure_hijack(precision: Precision = "float32", steps: int = 150) -> dict[str, Any]:
     """A hijacking cloud on 3 seeds, and honest ones of equal length on 20, against the client's guard: sealed MNIST."""
     torch.set_num_threads(1)
     whole = open_dataset("mnist")
@@ -185,7 +185,7 @@ def measure_hijack(steps: int = 150) -> dict[str, Any]:
         settings = RunSettings("mnist", None, None, split, epochs=1, batch=BATCH, seed=seed)
         client = Client("site-0", bytes(16), dataset.train, split, guard=GuardSettings())
         try:
-            run_together(Server(Plan(settings), bytes(16), steps=stand_in), [client])
+            run_together(Server(Plan(settings, precision=precision), bytes(16), steps=stand_in), [client])
         except HijackError:
             return client, True
         return client, False
@@ -211,15 +211,13 @@ def measure_hijack(steps: int = 150) -> dict[str, Any]:
         alarms += course(seed)[1]
     floor = class_mean_ssim(dataset)
     return {
-        "hijack": {
-            "ssim_at_detection": max((one["ssim"] for one in found if one["step"]), default=None),
-            "detected": all(one["step"] for one in found),
-            "floor_ssim": round(floor, 4),
-            "trainings": found,
-            "honest_trainings": len(HONEST_SEEDS),
-            "false_alarms": alarms,
-            "steps": steps,
-        }
+        "ssim_at_detection": max((one["ssim"] for one in found if one["step"]), default=None),
+        "detected": all(one["step"] for one in found),
+        "floor_ssim": round(floor, 4),
+        "trainings": found,
+        "honest_trainings": len(HONEST_SEEDS),
+        "false_alarms": alarms,
+        "steps": steps,
     }
 
 
@@ -235,8 +233,7 @@ class _Reader(Server):
         """As the server's own."""
         message = decode_training(payload)
         if message.phase is Phase.BACK and self.client is not None and self.client.trainer is not None:
-            real = Stored(message.values, message.scale, message.nibbles).real()
-            self.read.append((real, self.client.trainer.wanted.clone()))
+            self.read.append((Stored.of(message).real(), self.client.trainer.wanted.clone()))
         return super().handle(device, payload)
 
 

@@ -208,6 +208,11 @@ def disassemble(message: bytes, wanted: int, blocks: Blocks | None = None) -> tu
     return activation, message[block_at:header_bytes]
 
 
+def rows_of(message: bytes) -> int:
+    """First dimension, of a message that is long enough to have one; not checked yet."""
+    return int.from_bytes(message[_FIXED.size : _FIXED.size + 4], "little")
+
+
 def _check_shape(shape: tuple[int, ...]) -> int:
     """Product of `shape`, in Python integers that cannot overflow, checked against the caps."""
     if not 1 <= len(shape) <= MAX_DIMENSIONS:

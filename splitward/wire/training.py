@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitward.errors import MessageError
-from splitward.wire.message import CODEC_RAW, Activation, assemble, check, disassemble
+from splitward.wire.message import CODEC_RAW, Activation, assemble, check, disassemble, rows_of
 
 KIND_TRAINING = 2
 CODEC_NIBBLES = 1
@@ -71,6 +71,8 @@ class TrainingMessage:
         As in the activation message.
     nibbles : bool
         Two values to a byte.
+    exponents : ndarray of uint8, [shape[0]], or None
+        Where each row has a step of its own: `scale * 2**-exponent`.
     """
 
     device: str
@@ -87,6 +89,7 @@ class TrainingMessage:
     right: int = 0
     scale: float = 1.0
     nibbles: bool = False
+    exponents: NDArray[np.uint8] | None = None
 
 
 class _TrainingBlocks:
@@ -95,11 +98,15 @@ class _TrainingBlocks:
     def length(self, message: bytes, at: int, end: int) -> int:
         if at + _BLOCK.size > end:
             raise MessageError("bad_header", "the training block is cut off.")
-        labels: int = _BLOCK.unpack_from(message, at)[2]
-        return _BLOCK.size + 2 * labels
+        stepped, labels = _BLOCK.unpack_from(message, at)[1:3]
+        return int(_BLOCK.size + 2 * labels + (rows_of(message) if stepped else 0))
 
     def stored(self, count: int, dtype: np.dtype[np.generic], codec: int) -> int:
-        return count * dtype.itemsize if codec == CODEC_RAW else (count + 1) // 2
+        if codec == CODEC_RAW:
+            return count * dtype.itemsize
+        if dtype != np.int8:
+            raise MessageError("bad_code", "only int8 values lie two to a byte.")
+        return (count + 1) // 2
 
     def unpack(self, payload: bytes, count: int) -> NDArray[np.generic]:
         pairs = np.frombuffer(payload, np.int8)
@@ -134,13 +141,16 @@ def encode_training(message: TrainingMessage) -> bytes:
         raise MessageError(
             "bad_labels", f"{len(message.labels)} labels; {MAX_LABELS} are allowed in a message."
         )
+    exponents = message.exponents
+    if exponents is not None and (exponents.dtype != np.uint8 or exponents.shape != message.values.shape[:1]):
+        raise MessageError("bad_shape", "exponents are uint8, one for each row of the values.")
     counters = (message.round, message.step, message.epoch, message.right)
     if not all(0 <= number < 1 << 32 for number in counters):
         raise MessageError("out_of_range", f"round, step, epoch and right {counters} are u32.")
     block = (
         _BLOCK.pack(
             message.phase,
-            0,
+            message.exponents is not None,
             len(message.labels),
             message.round,
             message.step,
@@ -149,6 +159,7 @@ def encode_training(message: TrainingMessage) -> bytes:
             message.right,
         )
         + message.labels.astype("<u2").tobytes()
+        + (b"" if message.exponents is None else message.exponents.tobytes())
     )
     codec = CODEC_NIBBLES if message.nibbles else CODEC_RAW
     payload = _pack(message.values) if message.nibbles else message.values.tobytes()
@@ -164,12 +175,9 @@ def decode_training(message: bytes) -> TrainingMessage:
         Anything is not as docs/wire.md says; `.reason` names the rule.
     """
     activation, block = disassemble(message, KIND_TRAINING, _BLOCKS)
-    phase, zero, count, round_, step, epoch, loss, right = _BLOCK.unpack_from(block)
-    if phase not in _PHASES or zero or activation.captured_at_ns or activation.zero_point:
+    phase, stepped, count, round_, step, epoch, loss, right = _BLOCK.unpack_from(block)
+    if phase not in _PHASES or stepped > 1 or activation.captured_at_ns or activation.zero_point:
         raise MessageError("bad_code", f"phase {phase} is not known here, or what must be 0 is not.")
-    nibbles = message[8] == CODEC_NIBBLES
-    if nibbles and activation.values.dtype != np.int8:
-        raise MessageError("bad_code", "only int8 values lie two to a byte.")
     if not np.isfinite(loss):
         raise MessageError("not_finite", "the loss is NaN or infinite.")
     if count > MAX_LABELS:
@@ -188,7 +196,8 @@ def decode_training(message: bytes) -> TrainingMessage:
         loss=loss,
         right=right,
         scale=activation.scale,
-        nibbles=nibbles,
+        nibbles=message[8] == CODEC_NIBBLES,
+        exponents=np.frombuffer(block, np.uint8, -1, _BLOCK.size + 2 * count) if stepped else None,
     )
 
 

@@ -284,13 +284,13 @@ class Client:
             return False
         loss, right = answer.loss, answer.right
         if kept:
-            gradient, loss = trainer.answer(_stored(answer).real())
+            gradient, loss = trainer.answer(Stored.of(answer).real())
             self._meanwhile_due = True
             stored = self._feedback.store(gradient, plan.precision)
             answer = yield self._about_step(Phase.BACK, stored, loss=loss)
             if answer.phase is Phase.SUPERSEDED:
                 return False
-        down = _stored(answer).real()
+        down = Stored.of(answer).real()
         if down.shape != sent.released.shape:
             raise TrainingError(f"the cloud answers a gradient of shape {tuple(down.shape)}; trust it no more.")
         self._watch(down, trainer.wanted)
@@ -390,9 +390,9 @@ class Client:
                 f"{_difference(plan.run.split, self._agreed)}. Give the same --defence, --values, --sigma and so on "
                 "as the training's maker, or refuse to take part."
             )
-        if self._guard is not None and (plan.noise or plan.precision != "float32"):
+        if self._guard is not None and plan.noise:
             raise TrainingError(
-                "the plan has noise on gradients, or rounds them: the guard takes it for a hijacking in the end. "
+                "the plan has noise on gradients: the guard takes it for a hijacking in the end. "
                 "Take part without the guard (--no-guard) if you trust the cloud, or have the training made without."
             )
         self.place.keys, self.place.frames = dict(told["keys"]), dict(told["frames"])
@@ -434,11 +434,7 @@ class Client:
     def _about_step(self, phase: Phase, stored: Stored, **more: Any) -> dict[str, Any]:
         step = self._active.steps_done
         about = {"step": step, "epoch": step // self._active.schedule.per_epoch}
-        return (
-            {"phase": phase, "values": stored.values, "scale": stored.scale, "nibbles": stored.nibbles}
-            | about
-            | more
-        )
+        return {"phase": phase} | stored._asdict() | about | more
 
     def _watch(self, gradient: Tensor, labels: Tensor) -> None:
         """Judge a gradient before it is applied; the evidence is on the disk before the error."""
@@ -571,10 +567,6 @@ def _own_key(folder: Path | None) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(path.read_bytes())
     except ValueError as error:
         raise TrainingError(f"{path}: is damaged ({error}). Begin this training again.") from error
-
-
-def _stored(message: TrainingMessage) -> Stored:
-    return Stored(message.values, message.scale, message.nibbles)
 
 
 def _vector(content: bytes) -> np.ndarray[Any, Any]:

@@ -325,7 +325,7 @@ class Server:
         self._guarded(lambda: self._step(message, member, replies), message, member, replies)
 
     def _step(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
-        real = Stored(message.values, message.scale).real()
+        real = Stored.of(message).real()
         labels = torch.from_numpy(message.labels.astype(np.int64))
         at = Schedule(self.plan.run, member.frames).at(message.step)
         sent = Exchange(message.step, at, real, labels)
@@ -342,7 +342,7 @@ class Server:
         self._reply_stored(member, message, stored, replies, loss=taken.loss, right=taken.right)
 
     def _answer_back(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
-        gradient = self._trainer(member.name).back(Stored(message.values, message.scale).real())
+        gradient = self._trainer(member.name).back(Stored.of(message).real())
         self.session.busy = ""
         size = len(message.values)
         self._count(member, message, Taken(gradient, message.loss, message.right), size)
@@ -387,7 +387,7 @@ class Server:
         half = self._trainer(member.name).half
         with reproducible_kernels():
             half.eval()
-            outputs = half(Stored(message.values, message.scale).real())
+            outputs = half(Stored.of(message).real())
             half.train()
         chosen = torch.stack([stream.argmax(1) for stream in outputs], dim=1).numpy().astype("<u2")
         return chosen.view(np.int8).reshape(len(chosen), 4, 2)
@@ -510,7 +510,8 @@ class Server:
     ) -> None:
         answer = replace(
             message, phase=phase or message.phase, values=values, labels=NO_LABELS, loss=0.0, right=0,
-            round=self.session.round, scale=1.0, nibbles=False, plan=self._digest,
+            round=self.session.round, scale=1.0, nibbles=False, exponents=None,
+            plan=self._digest,
         )  # fmt: skip
         member.reply, member.request = encode_training(replace(answer, **more)), None
         self.session.bytes_down += len(member.reply)
@@ -519,12 +520,12 @@ class Server:
     def _reply_stored(
         self, member: Member, message: TrainingMessage, stored: Stored, replies: Replies, **more: Any
     ) -> None:
-        self._reply(member, message, stored.values, replies, scale=stored.scale, nibbles=stored.nibbles, **more)
+        self._reply(member, message, replies=replies, **stored._asdict(), **more)
 
     def _refusal(self, message: TrainingMessage, why: str) -> bytes:
-        plain: dict[str, Any] = {"labels": NO_LABELS, "loss": 0.0, "right": 0, "scale": 1.0, "nibbles": False}
-        words = _vector(why.encode()[:4096])
-        return encode_training(replace(message, phase=Phase.REFUSED, values=words, plan=self._digest, **plain))
+        plain = Stored(_vector(why.encode()[:4096]))._asdict()
+        refused = replace(message, phase=Phase.REFUSED, plan=self._digest, labels=NO_LABELS, loss=0.0, right=0)
+        return encode_training(replace(refused, **plain))
 
     # --- journal ------------------------------------------------------------------------------------------------
 

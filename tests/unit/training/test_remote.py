@@ -18,7 +18,7 @@ from torch import Tensor
 
 from splitward.data import Dataset, Split, phantom
 from splitward.data.partition import partition
-from splitward.errors import TrainingError
+from splitward.errors import HijackError, TrainingError
 from splitward.training.guard import GuardSettings
 from splitward.training.loop import reproducible, train
 from splitward.training.remote.client import Client
@@ -26,7 +26,7 @@ from splitward.training.remote.envelope import open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_round
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
-from splitward.training.remote.precision import Feedback, store
+from splitward.training.remote.precision import Feedback, store, store_rows
 from splitward.training.remote.privacy import clip_rows, epsilon
 from splitward.training.remote.server import Server
 from splitward.training.remote.state import state_of
@@ -153,9 +153,9 @@ def test_a_site_takes_part_only_in_what_it_agreed_to(dataset):
         client.take(reply)
 
 
-def test_a_guard_takes_no_part_where_gradients_are_rounded(dataset):
+def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
     settings = settings_for(dataset, "sealed")
-    server = Server(Plan(settings, precision="int8"), TRAINING)
+    server = Server(Plan(settings, clip=1.0, noise=0.5), TRAINING)
     client = open_client(dataset, settings, guard=GuardSettings())
     ((_, reply),) = server.handle(client.device, client.request or b"")
     with pytest.raises(TrainingError, match="--no-guard"):
@@ -313,6 +313,41 @@ def test_coarse_messages_are_small_and_train(dataset, precision):
         assert client.place.metrics[-1]["accuracy"] > 0.3
     if precision == "int8":
         assert sizes["float32"] == 4 * sizes["int8"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_each_row_of_a_gradient_is_as_fine_as_the_largest(precision):
+    rows = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(3))
+    rows *= torch.tensor([1.0, 1e-2, 1e-9, 0.0, 37.0, 1e-30])[:, None, None]
+    stored = store_rows(rows, precision)
+    assert stored.exponents is not None
+    largest = rows.abs().amax((1, 2))
+    step = largest * 2 / (127 if precision == "int8" else 7)  # at worst twice as coarse as the row's own step
+    assert ((stored.real() - rows).abs().amax((1, 2)) <= step / 2).all()
+    assert (store(rows, precision).real()[1:3] == 0).all(), "one step for all would have left nothing of these"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_guard_watches_rounded_gradients_and_still_knows_a_hijacking(dataset, precision):
+    settings = replace(settings_for(dataset, "sealed"), batch=16, epochs=10)
+    server = Server(Plan(settings, precision=precision), TRAINING)
+    client = open_client(dataset, settings, guard=GuardSettings())
+    while client.request is not None:
+        for _, reply in server.handle(client.device, client.request):
+            client.take(reply)
+    assert client._guard is not None
+    assert client._guard.batches > 20
+    assert client._guard.separation > 0.9
+    blind = torch.randn(16, *settings.split.network.release_shape, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(16) % 2
+    told = store_rows(blind, precision).real()
+
+    def hijack() -> None:
+        for _ in range(client._guard.settings.window):
+            client._watch(told, labels)
+
+    with pytest.raises(HijackError):
+        hijack()
 
 
 def test_error_feedback_makes_up_for_what_rounding_kept():
