@@ -30,7 +30,7 @@ from edge.pipe import Ready, Released
 from edge.results import ResultsFile
 from edge.secret import load_secret
 from edge.spool import Entry, Spool
-from edge.supervisor import FromRun, Supervisor
+from edge.supervisor import FromRun, Launched, Supervisor, launch
 from edge.updates import Done, Updates
 from edge.upkeep import Upkeep
 from splitward import __version__
@@ -63,6 +63,7 @@ def run_agent(
     on_answer: Callable[[Answer], None] | None = None,
     stop: threading.Event | None = None,
     until_answered: bool = False,
+    releaser: Launched | None = None,
 ) -> AgentReport:
     """Run the agent until `stop` is set.
 
@@ -75,6 +76,8 @@ def run_agent(
         Ends the agent; what is in the spool waits there for the next start.
     until_answered : bool
         End as well when every source has ended and every frame is answered.
+    releaser : Launched, optional
+        Launched before this module was imported, as its imports take longest.
 
     Raises
     ------
@@ -86,7 +89,7 @@ def run_agent(
         The agent cannot start, or its spool cannot be written any more.
     """
     with ExitStack() as stack:
-        agent = Agent(config, on_answer, stop or threading.Event(), stack)
+        agent = Agent(config, on_answer, stop or threading.Event(), stack, releaser or launch())
         return agent.run(until_answered)
 
 
@@ -99,14 +102,14 @@ class Agent:
         on_answer: Callable[[Answer], None] | None,
         stop: threading.Event,
         stack: ExitStack,
+        releaser: Launched,
     ) -> None:
         self._config = config
         self._stop = stop
         # Without a limit, as the link's thread must never wait; the window and the releaser's permits bound it.
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         post = self._inbox.put
-        self._releaser = Supervisor(config, post, self._known, self._lose)
-        self._releaser.launch()  # first, as its imports take longest
+        self._releaser = Supervisor(releaser, config, post, self._known, self._lose)
         stack.callback(self._releaser.stop)
         load_secret(config.device.secret_path)  # made here, where its folder is
         state = Path(config.device.state_dir)

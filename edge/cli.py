@@ -42,14 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from edge.agent import run_agent
-    from edge.logs import start_logging
+    from edge.supervisor import launch
 
     stop = _stop_on_signal()
     while True:
         config = load_settings(options.config)
+        releaser = launch()
+        from edge.agent import run_agent  # while the releaser imports what it needs
+        from edge.logs import start_logging
+
         start_logging(config.health, options.log_level)
-        report = run_agent(config, stop=stop, until_answered=options.until_answered)
+        report = run_agent(config, stop=stop, until_answered=options.until_answered, releaser=releaser)
         if not report.restart:
             break
         logging.getLogger(__name__).info("starting anew, as ordered")

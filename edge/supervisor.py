@@ -57,11 +57,38 @@ class FromRun:
     message: FromReleaser | None
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A process that imports what the releaser needs, and then waits to be told what to run."""
+
+    process: subprocess.Popen[bytes]
+    pipe: Pipe
+    page: Page
+
+
+def launch() -> Launched:
+    """Start the interpreter. Its imports take a while, so whoever needs one begins with this."""
+    ours, theirs = socket.socketpair()
+    page = Page()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge.releaser", str(theirs.fileno()), str(page.descriptor)],
+        pass_fds=[theirs.fileno(), page.descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # Fewer of the allocator's arenas: a small board's memory counts more than a lock's speed.
+        env={**os.environ, "MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    theirs.close()
+    return Launched(process, Pipe(ours, FromReleaser), page)
+
+
 class Supervisor:
     """The agent's side of the releaser. One thread uses it; `post` is called on others.
 
     Parameters
     ----------
+    first : Launched
+        What the first `start` uses.
     config : EdgeConfig
     post : callable
         Takes each `FromRun`.
@@ -88,6 +115,7 @@ class Supervisor:
 
     def __init__(
         self,
+        first: Launched,
         config: EdgeConfig,
         post: Callable[[FromRun], None],
         known: Callable[[], bytes],
@@ -97,13 +125,11 @@ class Supervisor:
         self._post = post
         self._known = known
         self._on_loss = on_loss
-        self._run = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Pipe | None = None
+        self._run = 1
+        self._launched: Launched | None = first
         self._permits = threading.Semaphore(PERMITS)
         self._held = self._received = self._safe_before = 0
         self._told = (-1, -1)
-        self._page: Page | None = None
         self._settled = 0  # number of the opening that the latest message came of
         self._strikes: Counter[str] = Counter()
         self._deaths: deque[float] = deque()
@@ -127,31 +153,15 @@ class Supervisor:
     @property
     def pid(self) -> int | None:
         """Process id of the present run."""
-        return None if self._process is None else self._process.pid
-
-    def launch(self) -> None:
-        """Start the interpreter; `start` then tells it what to run. Its imports take a while, so this comes first."""
-        ours, theirs = socket.socketpair()
-        page = self._page = Page()
-        self._run += 1
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge.releaser", str(theirs.fileno()), str(page.descriptor)],
-            pass_fds=[theirs.fileno(), page.descriptor],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            # Fewer of the allocator's arenas: a small board's memory counts more than a lock's speed.
-            env={**os.environ, "MALLOC_ARENA_MAX": "2", "OMP_WAIT_POLICY": "PASSIVE"},
-        )
-        theirs.close()
-        self._pipe = Pipe(ours, FromReleaser)
+        return None if self._launched is None else self._launched.process.pid
 
     def start(self, config: EdgeConfig, bundle: str, captured: int) -> None:
         """Let a run begin with `bundle`; `captured` frames were taken by the agent before it."""
-        if self._pipe is None:
-            self.launch()
+        if self._launched is None:
+            self._launched = launch()
+            self._run += 1
         self._config = config
-        pipe, permits = self._pipe, threading.Semaphore(PERMITS)
-        assert pipe is not None  # noqa: S101  # launched above
+        pipe, permits = self._launched.pipe, threading.Semaphore(PERMITS)
         self.bundle, self.ready, self.ended, self.unfit = bundle, None, False, None
         self._permits, self._held = permits, 0
         self._received, self._safe_before, self._told = 0, captured, (-1, -1)
@@ -202,7 +212,7 @@ class Supervisor:
         ReleaserError
             It died more often than the budget allows.
         """
-        if self._pipe is None:
+        if self._launched is None:
             return self._start_at_s is not None and now_s >= self._start_at_s
         if stalled:
             self._heard_s = max(self._heard_s, now_s)  # it may be waiting for us
@@ -212,10 +222,10 @@ class Supervisor:
         progress = (max(0, min(safe - self._safe_before, self._received)), self._received + room)
         if progress != self._told:
             self._told = progress
-            self._pipe.send(Progress(*progress))
-        if now_s - self._heard_s > SILENCE_S and self._process is not None:
+            self._launched.pipe.send(Progress(*progress))
+        if now_s - self._heard_s > SILENCE_S:
             log.error("the releaser is silent; it is killed")
-            self._process.kill()
+            self._launched.process.kill()
         return False
 
     def bury(self, now_s: float) -> None:
@@ -255,36 +265,34 @@ class Supervisor:
         """Let the run end and another be due; what it has released still comes."""
         now_s = time.monotonic()
         self._retired = True
-        if self._pipe is None:
+        if self._launched is None:
             self._start_at_s = now_s
         else:
-            self._pipe.finish()
+            self._launched.pipe.finish()
             self._heard_s = now_s - SILENCE_S + STOP_S
             self._permits.release(PERMITS)
 
     @property
     def is_running(self) -> bool:
         """Whether there is a run whose end was not seen yet."""
-        return self._pipe is not None
+        return self._launched is not None
 
     def stop(self) -> None:
         """End the run now."""
-        if self._pipe is not None:
+        if self._launched is not None:
             self._reap()
 
     def _cause(self) -> Opened | None:
         """What the run was at when it ended."""
-        opened = None if self._page is None else self._page.read()
+        opened = None if self._launched is None else self._launched.page.read()
         return None if opened is None or opened.number <= self._settled else opened
 
     def _reap(self) -> int:
-        process, pipe, page = self._process, self._pipe, self._page
-        self._process = self._pipe = self._page = None
-        assert process is not None  # noqa: S101  # a run ends once
-        assert pipe is not None  # noqa: S101  # open while the releaser runs
-        assert page is not None  # noqa: S101  # likewise
-        pipe.close()
-        page.close()
+        launched, self._launched = self._launched, None
+        assert launched is not None  # noqa: S101  # a run ends once
+        launched.pipe.close()
+        launched.page.close()
+        process = launched.process
         if not _ends_within(process, STOP_S):
             process.kill()
         return process.wait()
