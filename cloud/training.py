@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import audit, tables
@@ -41,6 +41,7 @@ MAX_RUNNING = 8
 LONGEST_WAIT_S = 60.0
 LINGER_NS = 600 * 10**9
 """How long a training that is done is led on, for a site that lost the last answer."""
+RECENT_NS = 3600 * 10**9
 STATES = ("running", "stopped", "done", "failed")
 CHANGES = {"stop": (("running",), "stopped"), "resume": (("stopped", "failed"), "running")}
 
@@ -146,9 +147,13 @@ class Trainings:
             self._led = led
 
     async def count(self) -> None:
-        """Tell the metrics how many trainings there are in each state."""
-        state = tables.trainings.c.state
-        counted = await self._store.read(select(state, func.count().label("count")).group_by(state))
+        """Tell the metrics how many trainings run or are stopped, and how many ended within the last hour."""
+        state, changed_at_ns = tables.trainings.c.state, tables.trainings.c.changed_at_ns
+        counted = await self._store.read(
+            select(state, func.count().label("count"))
+            .where(or_(state.in_(("running", "stopped")), changed_at_ns > time.time_ns() - RECENT_NS))
+            .group_by(state)
+        )
         counts = {one["state"]: one["count"] for one in counted}
         for name in STATES:
             self._metrics.trainings.labels(name).set(counts.get(name, 0))
