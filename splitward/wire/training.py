@@ -23,6 +23,8 @@ MAX_LABELS = 1 << 14
 MAX_PART = 1 << 19
 """Most bytes of weights in one message: hardened brokers take messages of 1 MiB."""
 _BLOCK = struct.Struct("<BBHIIIfI")
+_STEPPED, _WIDE = 1, 2
+"""Flags: exponents follow the labels; labels have two bytes each."""
 
 
 class Phase(IntEnum):
@@ -98,8 +100,9 @@ class _TrainingBlocks:
     def length(self, message: bytes, at: int, end: int) -> int:
         if at + _BLOCK.size > end:
             raise MessageError("bad_header", "the training block is cut off.")
-        stepped, labels = _BLOCK.unpack_from(message, at)[1:3]
-        return int(_BLOCK.size + 2 * labels + (rows_of(message) if stepped else 0))
+        flags, labels = _BLOCK.unpack_from(message, at)[1:3]
+        exponents = rows_of(message) if flags & _STEPPED else 0
+        return int(_BLOCK.size + _labels_dtype(flags).itemsize * labels + exponents)
 
     def stored(self, count: int, dtype: np.dtype[np.generic], codec: int) -> int:
         if codec == CODEC_RAW:
@@ -147,10 +150,11 @@ def encode_training(message: TrainingMessage) -> bytes:
     counters = (message.round, message.step, message.epoch, message.right)
     if not all(0 <= number < 1 << 32 for number in counters):
         raise MessageError("out_of_range", f"round, step, epoch and right {counters} are u32.")
+    flags = _STEPPED * (exponents is not None) | _WIDE * bool((message.labels > 255).any())
     block = (
         _BLOCK.pack(
             message.phase,
-            message.exponents is not None,
+            flags,
             len(message.labels),
             message.round,
             message.step,
@@ -158,8 +162,8 @@ def encode_training(message: TrainingMessage) -> bytes:
             message.loss,
             message.right,
         )
-        + message.labels.astype("<u2").tobytes()
-        + (b"" if message.exponents is None else message.exponents.tobytes())
+        + message.labels.astype(_labels_dtype(flags)).tobytes()
+        + (b"" if exponents is None else exponents.tobytes())
     )
     codec = CODEC_NIBBLES if message.nibbles else CODEC_RAW
     payload = _pack(message.values) if message.nibbles else message.values.tobytes()
@@ -175,13 +179,16 @@ def decode_training(message: bytes) -> TrainingMessage:
         Anything is not as docs/wire.md says; `.reason` names the rule.
     """
     activation, block = disassemble(message, KIND_TRAINING, _BLOCKS)
-    phase, stepped, count, round_, step, epoch, loss, right = _BLOCK.unpack_from(block)
-    if phase not in _PHASES or stepped > 1 or activation.captured_at_ns or activation.zero_point:
+    phase, flags, count, round_, step, epoch, loss, right = _BLOCK.unpack_from(block)
+    if phase not in _PHASES or flags > _STEPPED | _WIDE or activation.captured_at_ns or activation.zero_point:
         raise MessageError("bad_code", f"phase {phase} is not known here, or what must be 0 is not.")
     if not np.isfinite(loss):
         raise MessageError("not_finite", "the loss is NaN or infinite.")
     if count > MAX_LABELS:
         raise MessageError("bad_labels", f"{count} labels; {MAX_LABELS} are allowed in a message.")
+    labels = np.frombuffer(block, _labels_dtype(flags), count, _BLOCK.size)
+    if flags & _WIDE and not (labels > 255).any():
+        raise MessageError("bad_labels", "labels under 256 have one byte each.")
     return TrainingMessage(
         device=activation.device,
         training=activation.boot,
@@ -189,7 +196,7 @@ def decode_training(message: bytes) -> TrainingMessage:
         plan=activation.model,
         phase=Phase(phase),
         values=activation.values,
-        labels=np.frombuffer(block, "<u2", count, _BLOCK.size),
+        labels=labels.astype(np.uint16),
         round=round_,
         step=step,
         epoch=epoch,
@@ -197,8 +204,12 @@ def decode_training(message: bytes) -> TrainingMessage:
         right=right,
         scale=activation.scale,
         nibbles=message[8] == CODEC_NIBBLES,
-        exponents=np.frombuffer(block, np.uint8, -1, _BLOCK.size + 2 * count) if stepped else None,
+        exponents=np.frombuffer(block, np.uint8, -1, _BLOCK.size + labels.nbytes) if flags & _STEPPED else None,
     )
+
+
+def _labels_dtype(flags: int) -> np.dtype[np.generic]:
+    return np.dtype("<u2" if flags & _WIDE else "u1")
 
 
 def _pack(values: NDArray[np.generic]) -> bytes:

@@ -135,6 +135,15 @@ def test_bytes_that_somebody_else_made_are_refused_or_mean_what_they_say() -> No
     assert refused >= {"bad_code", "bad_header", "bad_length", "bad_shape", "bad_quantisation"}
 
 
+def test_labels_that_would_fit_one_byte_in_two_are_refused() -> None:
+    narrow = encode_training(replace(STEP, labels=np.array([1, 2], np.uint16)))
+    assert len(encode_training(STEP)) == len(narrow) + 2
+    wide = encode_training(STEP)
+    at = wide.index(bytes((1, 0, 2, 1)))  # 1 and 258
+    with pytest.raises(MessageError, match="one byte each"):
+        decode_training(patched(wide, (at, bytes((1, 0, 2, 0)))))
+
+
 def test_a_loss_that_is_no_number_is_refused() -> None:
     with pytest.raises(MessageError, match="loss"):
         decode_training(encode_training(replace(STEP, loss=math.nan)))
