@@ -23,6 +23,9 @@ from cloud.problem import Problem
 from cloud.store import Store
 from splitward.errors import ConfigError, SplitwardError
 
+LINGER_S = 10
+"""How long a request may still take at the end: a client that stops reading, or sending, must not hold up the drain."""
+
 
 class _Server(uvicorn.Server):
     """Ends the event streams at a signal: uvicorn waits for open requests before the lifespan may drain."""
@@ -121,6 +124,7 @@ def _serve(app: FastAPI, config: CloudConfig) -> int:
         server_header=False,
         ssl_certfile=config.api.cert,
         ssl_keyfile=config.api.key,
+        timeout_graceful_shutdown=LINGER_S,
     )
     server = _Server(settings, app.state.service.feed)
     for ended in (signal.SIGTERM, signal.SIGINT):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from firmware_sim.broker import free_port
 from splitward.method.halves import build_server
 from splitward.wire import topics
 from splitward.wire.control import Refusal, Result, Status, decode_reply, encode_control
@@ -177,3 +178,39 @@ def test_sigterm_with_an_open_event_stream_drains_at_once(mosquitto, start):
         assert next(events.iter_lines()) == ": open"
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
+
+
+LARGE = """
+import sys, types
+from fastapi import FastAPI, Response
+from cloud import __main__ as cloud
+from cloud.config import ApiConfig
+
+app = FastAPI()
+app.state.service = types.SimpleNamespace(feed=types.SimpleNamespace(close=lambda: None))
+app.get("/")(lambda: Response(bytes(16 << 20)))
+cloud.LINGER_S = 1
+cloud._serve(app, types.SimpleNamespace(api=ApiConfig(port=int(sys.argv[1]))))
+"""
+
+
+def test_sigterm_ends_the_server_though_a_caller_does_not_read():
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", LARGE, str(port)])
+    try:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                caller = socket.create_connection(("127.0.0.1", port))
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+        with caller:
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: cloud\r\n\r\n")
+            assert caller.recv(4) == b"HTTP"  # it is being answered; more follows than buffers hold
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -29,6 +29,7 @@ from tests.unit.cloud.conftest import CARD, MODEL, Cloud
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = Path("build") / "dashboard"
+expect.set_options(timeout=30_000)  # milliseconds: a busy machine draws slowly
 HOSTILE = '<img src=x onerror="document.title=1">'
 
 
@@ -46,7 +47,9 @@ async def browser() -> AsyncIterator[Browser]:
 @asynccontextmanager
 async def served(cloud: Cloud) -> AsyncIterator[str]:
     """Address of the service's API, whose lifespan runs already."""
-    config = uvicorn.Config(cloud.app, port=free_port(), lifespan="off", log_level="warning")
+    config = uvicorn.Config(
+        cloud.app, port=free_port(), lifespan="off", log_level="warning", timeout_graceful_shutdown=10
+    )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())
     while not server.started:
