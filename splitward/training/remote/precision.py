@@ -84,7 +84,8 @@ class Feedback:
     """Error feedback: what rounding kept from the batch's mean is added to the next batch.
 
     Rounding errors belong to frames that come again an epoch later at best, so the error of each frame cannot be made
-    up for. What they have in common, which would add up over the steps, can (our choice).
+    up for. What they have in common, which would add up over the steps, can (our choice). Each row takes of it in
+    proportion to its largest value: the same for all would turn the small ones around.
 
     Attributes
     ----------
@@ -99,7 +100,8 @@ class Feedback:
         """The tensor [B, ...] in a precision, with what is left of the batches before."""
         if precision == "float32":
             return store(tensor, precision)
-        wanted = tensor + self.left
-        stored = store_rows(wanted, precision)
-        self.left = (wanted - stored.real()).mean(0)
+        size = tensor.abs().flatten(1).amax(1)
+        share = size / size.mean().clamp_min(_LEAST)
+        stored = store_rows(tensor + share.view(-1, *(1,) * (tensor.ndim - 1)) * self.left, precision)
+        self.left = self.left + (tensor - stored.real()).mean(0)
         return stored
