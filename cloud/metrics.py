@@ -22,6 +22,8 @@ from prometheus_client.registry import Collector
 
 T = TypeVar("T")
 
+RECENT_NS = 3600 * 10**9
+"""How long a roll-out or a training that has ended is counted."""
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 15, 60, 300, 3600)
 SERVICE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -22,7 +22,7 @@ from cloud import audit, tables
 from cloud.authority import Authority
 from cloud.config import FleetConfig
 from cloud.errors import CloudError
-from cloud.metrics import Metrics
+from cloud.metrics import RECENT_NS, Metrics
 from cloud.problem import Problem
 from cloud.registry import Registry
 from cloud.store import Store
@@ -38,7 +38,6 @@ LEASE_S = 15.0
 MAX_OUTCOMES = 10_000
 RUNNING = ("canary", "rolling")
 STATES = (*RUNNING, "done", "halted")
-RECENT_NS = 3600 * 10**9
 OPEN = ("sent", "accepted")
 BAD = ("refused", "rolled_back", "failed")
 

@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from cloud import audit, tables
 from cloud.config import BrokerConfig
 from cloud.errors import CloudError
-from cloud.metrics import Metrics
+from cloud.metrics import RECENT_NS, Metrics
 from cloud.problem import Problem
 from cloud.store import Store
 
@@ -41,7 +41,6 @@ MAX_RUNNING = 8
 LONGEST_WAIT_S = 60.0
 LINGER_NS = 600 * 10**9
 """How long a training that is done is led on, for a site that lost the last answer."""
-RECENT_NS = 3600 * 10**9
 STATES = ("running", "stopped", "done", "failed")
 CHANGES = {"stop": (("running",), "stopped"), "resume": (("stopped", "failed"), "running")}
 
