@@ -51,7 +51,7 @@ def check(
     law, values = card.release, activation.values
     if values.shape != law.shape:
         raise MessageError("wrong_shape", f"shape {values.shape}; {card.name} releases {law.shape}.")
-    if values.dtype.name != law.dtype:
+    if values.dtype != law.dtype:
         raise MessageError("wrong_dtype", f"dtype {values.dtype}; {card.name} releases {law.dtype}.")
     if (activation.scale, activation.zero_point) != (law.scale, 0):
         given = f"scale {activation.scale}, zero point {activation.zero_point}"

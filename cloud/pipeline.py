@@ -1,8 +1,9 @@
-"""The way of one message: decode, check, deduplicate, batch, infer, commit, reply, acknowledge.
+"""The way of one message: decode, check, batch, infer, commit and deduplicate, reply, acknowledge.
 
 Nothing is acknowledged before its result is committed, so what is interrupted comes again; and a frame that
-comes again is answered from the store, so nothing is counted twice. Two or more batches are on their way at a time:
-one computes while the other commits.
+comes again is answered with what the store has of it, so nothing is counted twice. The commit itself tells what
+was there before: looking first would cost every frame a visit to the store, to save a rare one its inference. Two or
+more batches are on their way at a time: one computes while the other commits.
 """
 
 from __future__ import annotations
@@ -176,32 +177,23 @@ class Pipeline:
             self._refuse(arrival.delivery, arrival.activation, error)
 
     async def _answer(self, card: ServerCard, arrivals: list[Arrival]) -> None:
-        """Deduplicate, infer, commit, reply, acknowledge; `CloudError` when the engine or the store fails."""
-        cpu = self._metrics.cpu
+        """Infer, commit, reply, acknowledge; `CloudError` when the engine or the store fails."""
         fresh: dict[Key, Arrival] = {}
         for arrival in arrivals:
             fresh.setdefault(arrival.key, arrival)
-        first = set(map(id, fresh.values()))
-        answers: Answers = {}
-        with self._tracing.span("find"):
-            answers.update(await cpu.follow("store", self._store.find(fresh.keys())))
-        for key in answers:
-            del fresh[key]
-        records: list[Record] = []
-        if fresh:
-            answers.update(await self._decide(card, list(fresh.values())))
-            records = [answer for key in fresh if isinstance(answer := answers[key], Record)]
+        answers = await self._decide(card, list(fresh.values()))
+        records = [answer for answer in answers.values() if isinstance(answer, Record)]
         if records:
             with self._tracing.span("commit", frames=len(records)):
-                earlier = await cpu.follow(
-                    "store", self._store.add(records)
-                )  # another batch or worker was first
-            answers.update(earlier)
+                earlier = await self._metrics.cpu.follow("store", self._store.add(records))
+            if earlier:  # sent again, or another batch or worker was first
+                answers |= earlier
+                records = [record for record in records if record.key not in earlier]
         self.failing = None
-        with self._tracing.span("reply"), cpu.measure("publish"):
+        with self._tracing.span("reply"), self._metrics.cpu.measure("publish"):
             self._feed.publish(records, fresh)
             self._measure(records)
-            self._reply(arrivals, answers, {key for key, one in fresh.items() if id(one) in first})
+            self._reply(arrivals, answers, {record.key for record in records})
 
     async def _decide(self, card: ServerCard, arrivals: list[Arrival]) -> Answers:
         """Record of each arrival, or why it can never have one."""

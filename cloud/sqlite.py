@@ -1,7 +1,7 @@
-"""The two statements that every batch needs, straight to SQLite on a thread of their own.
+"""The commit that every batch needs, straight to SQLite on a thread of its own.
 
 SQLAlchemy and aiosqlite cost several times what SQLite itself does. Everything that is asked for rarely goes
-through them; what is asked for with every batch goes here. The file and the tables are the same.
+through them; what is done with every batch goes here. The file and the tables are the same.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ _streams = msgspec.json.Decoder(dict[str, int])
 
 
 class SqliteResults:
-    """Finds and adds results; one connection, used by one thread.
-
-    Every method raises `sqlite3.Error` when the database fails.
-    """
+    """Adds results; one connection, used by one thread."""
 
     def __init__(self, path: str, clock: CpuClock) -> None:
         self._path = path
@@ -42,25 +39,20 @@ class SqliteResults:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._connection: sqlite3.Connection | None = None
 
-    async def find(self, keys: Collection[Key]) -> dict[Key, Record]:
-        """Stored records of those `keys` that have one."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed_find, keys)
-
     async def add(self, records: Sequence[Record]) -> dict[Key, Record]:
-        """Commit `records`; those that are there already keep their first record, and are returned."""
+        """Commit `records`; those that are there already keep their first record, and are returned.
+
+        Raises
+        ------
+        sqlite3.Error
+            The database fails.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed_add, records)
 
     async def close(self) -> None:
         """Close the connection."""
         await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         self._pool.shutdown()
-
-    def _timed_find(self, keys: Collection[Key]) -> dict[Key, Record]:
-        started_s = time.thread_time()
-        try:
-            return self._find(self._connect(), keys)
-        finally:
-            self._clock.charge("store", time.thread_time() - started_s)
 
     def _timed_add(self, records: Sequence[Record]) -> dict[Key, Record]:
         started_s = time.thread_time()

@@ -91,11 +91,6 @@ class Store:
 
     async def find(self, keys: Collection[Key]) -> dict[Key, Record]:
         """Stored records of those `keys` that have one."""
-        if self._direct is not None:
-            try:
-                return await self._direct.find(keys)
-            except sqlite3.Error as error:
-                raise self._error(error) from error
         rows = await self.read(select(tables.results).where(tuple_(*_key).in_(list(keys))))
         return {record.key: record for record in map(_record, rows)}
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,8 +51,7 @@ class Blocks(Protocol):
         """Values of a payload that is not stored as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
+class Activation(msgspec.Struct, frozen=True, eq=False):
     """One released tensor and what the cloud needs to know of it.
 
     Attributes

@@ -8,13 +8,13 @@ import re
 import struct
 import tracemalloc
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec.structs import replace
 
 from splitward.errors import MessageError
 from splitward.wire.message import DTYPES, MAX_VALUES, Activation, decode, encode

@@ -67,9 +67,9 @@ async def test_a_batch_and_a_request_are_traced(run_cloud, collector) -> None:
         assert answer.status_code == 200
     spans = collector.spans()
     by_name = {span.name: span for span in spans}
-    assert [span.name for span in spans] == ["batch", "find", "infer", "commit", "reply", "request"]
+    assert [span.name for span in spans] == ["batch", "infer", "commit", "reply", "request"]
     assert attributes(by_name["batch"]) == {"model": "digits", "frames": 1}
-    assert {by_name[name].parent_span_id for name in ("find", "infer", "commit", "reply")} == {
+    assert {by_name[name].parent_span_id for name in ("infer", "commit", "reply")} == {
         by_name["batch"].span_id
     }
     request = attributes(by_name["request"])
