@@ -69,9 +69,7 @@ async def test_a_batch_and_a_request_are_traced(run_cloud, collector) -> None:
     by_name = {span.name: span for span in spans}
     assert [span.name for span in spans] == ["batch", "infer", "commit", "reply", "request"]
     assert attributes(by_name["batch"]) == {"model": "digits", "frames": 1}
-    assert {by_name[name].parent_span_id for name in ("infer", "commit", "reply")} == {
-        by_name["batch"].span_id
-    }
+    assert {by_name[name].parent_span_id for name in ("infer", "commit", "reply")} == {by_name["batch"].span_id}
     request = attributes(by_name["request"])
     assert request["status"] == 200
     assert request["route"] == "/v1/results/{device}/{boot}/{sequence}/fhir"
