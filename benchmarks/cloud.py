@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from splitward.wire.server import read_server_card
 TICKS = os.sysconf("SC_CLK_TCK")
 CLIENTS = ("mqtt5", "gmqtt", "aiomqtt")
 POSTS = ("fastapi_post", "litserve")
+SPEEDUP_FRAMES = 8192
+"""Of the heavy network: enough that the last batch, which one worker answers alone, does not count."""
 
 
 class Server:
@@ -137,6 +140,11 @@ def measure_mqtt(
                    prefix=prefix, **more)
     )  # fmt: skip
     return 1e6 * (server.cpu_s() - before_s) / report.results, report
+
+
+def measure_cpu(server: Server, card: Path, frames: int, devices: int = 10) -> float:
+    """CPU microseconds of the server for an inference."""
+    return measure_mqtt(server, card, frames, devices)[0]
 
 
 def measure_half_load(server: Server, card: Path, frames: int, repeats: int) -> tuple[float, float]:
@@ -249,89 +257,135 @@ def measure_bare(card: Path, repeats: int) -> dict[str, float]:
     return found
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What the parts share."""
+
+    folder: Path
+    broker_port: int
+    frames: int
+    repeats: int
+
+    def model(self, name: str) -> Path:
+        """Card of the small or the heavy network, written once."""
+        card = self.folder / f"{name}.server.json"
+        return card if card.exists() else write_model(self.folder, name, HEAVY if name == "heavy" else SMALL)
+
+    def median(self, measure: Callable[..., float], *given: object) -> float:
+        """Middle one of `repeats` measurements."""
+        return statistics.median(measure(*given) for _ in range(self.repeats))
+
+
+def measure_clients(bench: Bench) -> dict[str, Any]:
+    """CPU of a server for an inference, by what receives it; in turns, so that no one has the quiet minutes."""
+    small = bench.model("small")
+    rounds: dict[str, list[float]] = {kind: [] for kind in (*CLIENTS, *POSTS)}
+    parts: list[dict[str, float]] = []
+    for _ in range(bench.repeats):
+        for kind in rounds:
+            with serve(kind, bench.folder, small, bench.broker_port, 0) as server:
+                if kind in POSTS:
+                    measure_posts(kind, server, small, bench.frames // 10)
+                    rounds[kind].append(measure_posts(kind, server, small, bench.frames // 4))
+                    continue
+                measure_mqtt(server, small, bench.frames // 4)
+                before = _read(server.address)
+                rounds[kind].append(measure_mqtt(server, small, bench.frames)[0])
+                after = _read(server.address)
+                if kind == "mqtt5":
+                    done = after["inferences"] - before["inferences"]
+                    parts.append({p: 1e6 * (after["cpu"][p] - before["cpu"][p]) / done for p in after["cpu"]})
+    cpu: dict[str, Any] = {
+        kind: {"total": round(statistics.median(values), 1)} for kind, values in rounds.items()
+    }
+    cpu["mqtt5"] |= {p: round(statistics.median(one[p] for one in parts), 1) for p in parts[0]}
+    ratios = {f"{kind}_over_mqtt5": round(cpu[kind]["total"] / cpu["mqtt5"]["total"], 2) for kind in cpu}
+    return {"cpu_us_per_inference": cpu, "ratios": ratios}
+
+
+def measure_load(bench: Bench) -> dict[str, Any]:
+    """The small network at saturation, at half of it, and from few and many devices."""
+    small = bench.model("small")
+    with serve("mqtt5", bench.folder, small, bench.broker_port, 0) as server:
+        full, half = measure_half_load(server, small, bench.frames, bench.repeats)
+        by_devices = {
+            str(devices): round(bench.median(measure_cpu, server, small, bench.frames, devices), 1)
+            for devices in (10, 100, 2000)
+        }
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # a disk that flushes at once
+        other = write_model(Path(memory), "small", SMALL)
+        with serve("mqtt5", Path(memory), other, bench.broker_port, 0) as server:
+            half_memory = measure_half_load(server, other, bench.frames, bench.repeats)[1]
+    return {
+        "saturation_per_s": full,
+        "p99_ms_half_load": half,
+        "p99_ms_half_load_memory_disk": half_memory,
+        "disk_flush_ms": measure_flush(bench.folder),
+        "cpu_us_by_devices": by_devices,
+    }
+
+
+def measure_heavy(bench: Bench) -> dict[str, Any]:
+    """The service with the heavy network beside the bare networks."""
+    heavy = bench.model("heavy")
+    bare = {"small": measure_bare(bench.model("small"), 50), "heavy": measure_bare(heavy, 5)}
+    with serve("mqtt5", bench.folder, heavy, bench.broker_port, 0) as server:
+        measure_mqtt(server, heavy, 256)
+        before = _read(server.address)
+        heavy_us = bench.median(measure_cpu, server, heavy, 1024)
+        after = _read(server.address)
+    spent_s = {part: after["cpu"][part] - before["cpu"][part] for part in after["cpu"]}
+    fraction = {f"of_{name}": round(bare["heavy"][name] / heavy_us, 3) for name in bare["heavy"]}
+    fraction["inference_of_all_cpu"] = round(spent_s["inference"] / sum(spent_s.values()), 3)
+    return {"model_us": bare, "heavy_fraction_of_bare": fraction}
+
+
+def measure_workers(bench: Bench) -> dict[str, Any]:
+    """What a second worker on a second core adds, beside what the core adds to the bare network."""
+    heavy = bench.model("heavy")
+    return {
+        "two_bare_processes_speedup": measure_capacity(heavy),
+        "two_worker_speedup": measure_speedup(
+            bench.folder, heavy, bench.broker_port, SPEEDUP_FRAMES, bench.repeats
+        ),
+    }
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "clients": measure_clients,
+    "load": measure_load,
+    "heavy": measure_heavy,
+    "workers": measure_workers,
+}
+
+
 def main() -> int:
-    """Measure and write."""
+    """Measure the parts that are asked for, and add them to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results/cloud.json"))
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
     given = parser.parse_args()
-    cpu: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name, start_broker() as broker:
-        folder = Path(name)
-        small, heavy = write_model(folder, "small", SMALL), write_model(folder, "heavy", HEAVY)
-        bare = {"small": measure_bare(small, 50), "heavy": measure_bare(heavy, 5)}
-        rounds: dict[str, list[float]] = {kind: [] for kind in (*CLIENTS, *POSTS)}
-        parts: list[dict[str, float]] = []
-        for _ in range(given.repeats):
-            for kind in rounds:
-                with serve(kind, folder, small, broker.port, 0) as server:
-                    if kind in POSTS:
-                        measure_posts(kind, server, small, given.frames // 10)
-                        rounds[kind].append(measure_posts(kind, server, small, given.frames // 4))
-                        continue
-                    measure_mqtt(server, small, given.frames // 4)
-                    before = _read(server.address)
-                    rounds[kind].append(measure_mqtt(server, small, given.frames)[0])
-                    after = _read(server.address)
-                    if kind == "mqtt5":
-                        done = after["inferences"] - before["inferences"]
-                        parts.append(
-                            {p: 1e6 * (after["cpu"][p] - before["cpu"][p]) / done for p in after["cpu"]}
-                        )
-        cpu = {kind: {"total": round(statistics.median(values), 1)} for kind, values in rounds.items()}
-        cpu["mqtt5"] |= {p: round(statistics.median(one[p] for one in parts), 1) for p in parts[0]}
-        with serve("mqtt5", folder, small, broker.port, 0) as server:
-            full, half = measure_half_load(server, small, given.frames, given.repeats)
-            by_devices = {
-                str(devices): round(
-                    statistics.median(
-                        measure_mqtt(server, small, given.frames, devices)[0] for _ in range(given.repeats)
-                    ),
-                    1,
-                )
-                for devices in (10, 100, 2000)
+    for part in given.only:
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as name, start_broker() as broker:
+            found = PARTS[part](Bench(Path(name), broker.port, given.frames, given.repeats))
+        result = json.loads(given.out.read_text()) if given.out.exists() else {}
+        result |= found
+        result.setdefault("parts", {})[part] = {
+            "command": f"python -m benchmarks.cloud --only {part} --frames {given.frames} --repeats {given.repeats}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before it",
+        }
+        result["versions"] = versions()
+        campaign = given.out.with_name("cloud-chaos.json")
+        if campaign.exists():
+            chaos = json.loads(campaign.read_text())
+            result["chaos"] = {
+                name: chaos[name] for name in ("frames", "lost", "duplicated", "kills", "command")
             }
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # a disk that flushes at once
-            other = write_model(Path(memory), "small", SMALL)
-            with serve("mqtt5", Path(memory), other, broker.port, 0) as server:
-                half_memory = measure_half_load(server, other, given.frames, given.repeats)[1]
-        with serve("mqtt5", folder, heavy, broker.port, 0) as server:
-            measure_mqtt(server, heavy, 256)
-            before = _read(server.address)
-            heavy_us = statistics.median(measure_mqtt(server, heavy, 1024)[0] for _ in range(given.repeats))
-            after = _read(server.address)
-            spent_s = {part: after["cpu"][part] - before["cpu"][part] for part in after["cpu"]}
-        flush = measure_flush(folder)
-        capacity = measure_capacity(heavy)
-        speedup = measure_speedup(folder, heavy, broker.port, 2048, given.repeats)
-    result = {
-        "cpu_us_per_inference": cpu,
-        "ratios": {f"{kind}_over_mqtt5": round(cpu[kind]["total"] / cpu["mqtt5"]["total"], 2) for kind in cpu},
-        "model_us": bare,
-        "heavy_fraction_of_bare": {
-            "of_compiled": round(bare["heavy"]["compiled"] / heavy_us, 3),
-            "of_torch": round(bare["heavy"]["torch"] / heavy_us, 3),
-            "inference_of_all_cpu": round(spent_s["inference"] / sum(spent_s.values()), 3),
-        },
-        "saturation_per_s": full,
-        "p99_ms_half_load": half,
-        "p99_ms_half_load_memory_disk": half_memory,
-        "disk_flush_ms": flush,
-        "cpu_us_by_devices": by_devices,
-        "two_worker_speedup": speedup,
-        "two_bare_processes_speedup": capacity,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} beside it",
-        "command": f"python -m benchmarks.cloud --frames {given.frames} --repeats {given.repeats}",
-        "versions": versions(),
-    }
-    campaign = given.out.with_name("cloud-chaos.json")
-    if campaign.exists():
-        chaos = json.loads(campaign.read_text())
-        result["chaos"] = {name: chaos[name] for name in ("frames", "lost", "duplicated", "kills", "command")}
-    before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    given.out.write_text(json.dumps(before | result, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
     return 0
 
 

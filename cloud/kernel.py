@@ -67,7 +67,7 @@ def _count_unturned(app: Array, aqq: Array, apq: Array, floor: np.float32) -> in
     count = np.int32(0)
     for lane in range(apq.size):
         count += np.int32(apq[lane] * apq[lane] > TURNED * max(app[lane] * aqq[lane], floor))
-    return count
+    return int(count)
 
 
 @njit(**_options)
