@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -16,7 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "pytest-timeout", "hypothesis", "onnx", "iotcore", "prometheus-client")
 SUITES = {
-    "unit": ["tests/unit/edge", "tests/contract"],
+    "unit": ["tests/unit/edge"],
+    "contract": ["tests/contract"],
     # Of the integration tests those whose point is not a clock: emulation is slower than any real device.
     "integration": [
         "tests/integration/test_edge_agent.py",
@@ -37,23 +42,34 @@ def test_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def runs(emulated_root: Path, test_packages: Path) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
+    """Every suite, as many at a time as there are processors: an emulated program has one."""
+    binds = {REPOSITORY: "/code", test_packages: "/packages"}
+    environment = {
+        "PYTHONPATH": "/packages:/code",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "SPLITWARD_FORBID_SKIPS": "1",
+    }
+    command = ["/usr/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            suite: pool.submit(
+                run_in_root,
+                emulated_root,
+                [*command, *words],
+                timeout_s=1100,
+                binds=binds,
+                environment=environment,
+                folder="/code",
+            )
+            for suite, words in SUITES.items()
+        }
+
+
 @pytest.mark.parametrize("suite", sorted(SUITES))
-def test_suite_passes_on_arm64(suite: str, emulated_root: Path, test_packages: Path) -> None:
-    done = run_in_root(
-        emulated_root,
-        [
-            *("/usr/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600"),
-            *SUITES[suite],
-        ],
-        timeout_s=1100,
-        binds={REPOSITORY: "/code", test_packages: "/packages"},
-        environment={
-            "PYTHONPATH": "/packages:/code",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "SPLITWARD_FORBID_SKIPS": "1",
-        },
-        folder="/code",
-    )
+def test_suite_passes_on_arm64(suite: str, runs: dict[str, Future[CompletedProcess[str]]]) -> None:
+    done = runs[suite].result()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed: Any = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout[-1000:]
