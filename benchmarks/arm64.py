@@ -238,6 +238,15 @@ def measure_bundle_cuts(bench: Bench) -> dict[str, Any]:
     return {"power_cuts_bundle": {"tried": bench.cuts, "recovered": recovered, "seed": bench.seed} | found}
 
 
+def measure_ci(_bench: Bench) -> dict[str, Any]:
+    """Minutes of the tests of the emulated device, as continuous integration runs them."""
+    started_s = time.monotonic()
+    subprocess.run(
+        ["make", "test-arm64"], check=True, cwd=REPOSITORY, env=os.environ | {"SPLITWARD_FORBID_SKIPS": "1"}
+    )
+    return {"ci_minutes": round((time.monotonic() - started_s) / 60, 1)}
+
+
 def _cut(bench: Bench, device: Machine, stand: Stand, begin: Callable[[], None]) -> int:
     """Cut the power after each `begin`; how often the device came online again, with a whole model."""
     listener, recovered = _listener(stand), 0
@@ -281,6 +290,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "raspi3b": lambda bench: measure_start(bench, "raspi3b"),
     "system_cuts": measure_system_cuts,
     "bundle_cuts": measure_bundle_cuts,
+    "ci": measure_ci,
 }
 
 
