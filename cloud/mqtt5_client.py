@@ -60,7 +60,6 @@ class Mqtt5Connection(asyncio.Protocol):
         self._outbox: deque[tuple[str, bytes, bool]] = deque()
         self._max_outbox = 16 * config.max_in_flight
         self._unwritten: list[bytes] = []
-        self._flushing = False
         self._window = 0
         """Publishes that the broker takes before it acknowledges one."""
         self._sent: set[int] = set()
@@ -118,11 +117,18 @@ class Mqtt5Connection(asyncio.Protocol):
         """Send with QoS 1, or keep until the broker takes more."""
         self._outbox.append((topic, payload, retain))
         self._settled.clear()
-        self._flush_soon()
+        self._drain_outbox()
 
     def acknowledge(self, delivery: Delivery) -> None:  # noqa: ARG002  # the oldest go first
-        """Acknowledge what of the oldest deliveries is done, at the end of this turn."""
-        self._flush_soon()
+        """Acknowledge what of the oldest deliveries is done."""
+        order, held = self._order, self._held
+        while order and order[0].acknowledged:
+            done = order.popleft()
+            if done.counted:
+                held.remove(done)
+            if done.identifier is not None:
+                self._write(_PUBACK + done.identifier.to_bytes(2, "big"))
+        self._read_on_if_room()
 
     async def unsubscribe(self, name: str) -> None:
         """Return once nothing more comes by this filter."""
@@ -178,9 +184,6 @@ class Mqtt5Connection(asyncio.Protocol):
                 at += size
                 if type(packet) is mqtt5.PublishPacket:
                     self._take(packet, arrived)
-                elif type(packet) is mqtt5.PubAckPacket:
-                    self._sent.discard(packet.packet_id)
-                    self._flush_soon()
                 else:
                     self._handle(packet)
         except IndexError:  # the next packet is not whole yet
@@ -202,7 +205,7 @@ class Mqtt5Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It has room again."""
         self._jammed = False
-        self._flush_soon()
+        self._drain_outbox()
 
     # --- packets ---------------------------------------------------------------------------------------------
 
@@ -217,7 +220,10 @@ class Mqtt5Connection(asyncio.Protocol):
             self.acknowledge(delivery)
 
     def _handle(self, packet: mqtt5.Packet) -> None:
-        if isinstance(packet, mqtt5.ConnAckPacket):
+        if isinstance(packet, mqtt5.PubAckPacket):
+            self._sent.discard(packet.packet_id)
+            self._drain_outbox()
+        elif isinstance(packet, mqtt5.ConnAckPacket):
             if self._welcome is not None and not self._welcome.done():
                 self._welcome.set_result(packet)
         elif isinstance(packet, (mqtt5.SubAckPacket, mqtt5.UnsubAckPacket)):
@@ -236,21 +242,11 @@ class Mqtt5Connection(asyncio.Protocol):
             packet = mqtt5.PublishPacket(
                 topic, payload, qos=mqtt5.QoS.AT_LEAST_ONCE, packet_id=identifier, retain=retain
             )
-            self._unwritten.append(packet.write())
+            self._write(packet.write())
         if not self._outbox and not self._sent:
             self._settled.set()
         if len(self._outbox) > self._max_outbox:
             self._drop("acknowledges no replies")
-
-    def _acknowledge_done(self) -> None:
-        """Of the oldest deliveries, those that are done."""
-        order, held = self._order, self._held
-        while order and order[0].acknowledged:
-            done = order.popleft()
-            if done.counted:
-                held.remove(done)
-            if done.identifier is not None:
-                self._unwritten.append(_PUBACK + done.identifier.to_bytes(2, "big"))
 
     def _read_on_if_room(self) -> None:
         """Rest the socket while too much is in hand."""
@@ -282,27 +278,17 @@ class Mqtt5Connection(asyncio.Protocol):
         self._pinger = loop.call_later(KEEP_ALIVE_S / 2, self._keep_alive)
 
     def _write(self, data: bytes) -> None:
-        """Write at the end of this turn of the event loop."""
-        self._unwritten.append(data)
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        if not self._flushing:
-            self._flushing = True
+        """Write at the end of this turn of the event loop, all of its packets at once."""
+        if self.lost.is_set():
+            return
+        if not self._unwritten:
             asyncio.get_running_loop().call_soon(self._flush)
+        self._unwritten.append(data)
 
     def _flush(self) -> None:
-        """Write all packets of this turn of the event loop at once: replies before what they acknowledge."""
-        self._flushing = False
-        if self._socket is None or self.lost.is_set():
-            self._unwritten.clear()
-            return
-        self._drain_outbox()
-        self._acknowledge_done()
-        if self._unwritten and not self._socket.is_closing():
+        if self._unwritten and self._socket is not None and not self._socket.is_closing():
             self._socket.write(b"".join(self._unwritten))
         self._unwritten.clear()
-        self._read_on_if_room()
 
     def _drop(self, why: str) -> None:
         log.warning("broker at %s %s", self._endpoint, why)

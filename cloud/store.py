@@ -102,9 +102,8 @@ class Store:
             except sqlite3.Error as error:
                 raise self._error(error) from error
         insert = self.insert(tables.results).on_conflict_do_nothing().returning(*_key)
-        ordered = sorted(
-            records, key=lambda record: record.key
-        )  # two workers with the same frames: no deadlock
+        # In one order: two workers that got the same frames would lock each other out.
+        ordered = sorted(records, key=lambda record: record.key)
         async with self.write() as connection:
             rows = (await connection.execute(insert, [_row(record) for record in ordered])).all()
         added = {tuple(row) for row in rows}

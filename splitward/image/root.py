@@ -42,12 +42,6 @@ _ENABLED = {
     ),
     "sysinit.target.wants": ("splitward-site.service", "systemd-timesyncd.service", "systemd-resolved.service"),
 }
-_NOT_GENERATED = (
-    # Nothing here is encrypted, hibernates, or starts by a script of old; each generator costs a start some time.
-    *("systemd-cryptsetup-generator", "systemd-integritysetup-generator", "systemd-veritysetup-generator"),
-    *("systemd-hibernate-resume-generator", "systemd-gpt-auto-generator", "systemd-system-update-generator"),
-    *("systemd-rc-local-generator", "systemd-sysv-generator", "systemd-run-generator"),
-)
 _MASKED = (
     # Nobody can log in at a console that knows no password; nothing here is Debian's to renew by itself.
     *("getty.target", "serial-getty@.service", "getty@.service", "console-getty.service"),
@@ -128,8 +122,6 @@ def finish_system(root: Path) -> None:
             _link(units / target / name, "/" + str((found / name).relative_to(root)))
     for name in _MASKED:
         _link(units / name, "/dev/null")
-    for name in _NOT_GENERATED:
-        _link(units.parent / "system-generators" / name, "/dev/null")
     _link(units / "default.target", "/usr/lib/systemd/system/multi-user.target")
     _link(units / "dbus.service", "/usr/lib/systemd/system/dbus.service")
     _link(root / "etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf")
