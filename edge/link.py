@@ -32,6 +32,8 @@ STATUS_ROOM = 8
 """Messages of status and outcome that may be in flight beside the window."""
 UNSUPPORTED_VERSION = 132
 FAREWELL_S = 2.0
+LOOP_S = 1.0
+"""How often the link's thread looks after keep-alives when nothing comes and nothing goes."""
 log = logging.getLogger(__name__)
 
 
@@ -161,7 +163,7 @@ class Link:
             self._greeted = hung_up = False
             try:
                 self._connect()
-                hung_up = self._client.loop_forever() == MQTTErrorCode.MQTT_ERR_CONN_LOST
+                hung_up = self._serve() == MQTTErrorCode.MQTT_ERR_CONN_LOST
             except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
                 self.trouble = f"{type(error).__name__}: {error}"
                 log.warning("no connection to %s (%s); trying again", self._where(), error)
@@ -172,6 +174,16 @@ class Link:
                 self._speak(mqtt5=not self._mqtt5)
             pause_s = first_s if self._greeted else min(2.0 * pause_s, longest_s)
             self._ending.wait(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads a fleet; no secret
+
+    def _serve(self) -> MQTTErrorCode:
+        """Read and write until the connection ends; why it ended.
+
+        Not by paho's `loop_forever`: on a thread that is not paho's own it has nothing for a publisher to wake it
+        by, and a frame then waits until the loop's time is up. `loop` has.
+        """
+        while (code := self._client.loop(LOOP_S)) == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            pass
+        return code
 
     def _connect(self) -> None:
         broker = self._config.broker

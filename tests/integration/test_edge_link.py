@@ -99,6 +99,22 @@ def old_broker(folder: Path) -> Iterator[int]:
         broker.stop()
 
 
+def test_a_frame_for_an_idle_link_wakes_it(
+    tmp_path: Path, mosquitto: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.link.LOOP_S", 10 * TIMEOUT_S)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    link = Link(EdgeConfig(broker=BrokerConfig(port=mosquitto.port)), events.put)
+    link.start()
+    try:
+        assert isinstance(events.get(timeout=TIMEOUT_S), Connected)
+        for _ in range(3):
+            mid = link.publish(b"a frame")
+            assert events.get(timeout=TIMEOUT_S).mid == mid
+    finally:
+        link.stop(Status("offline"))
+
+
 def test_a_broker_of_mqtt_3_1_1_is_spoken_to_in_its_own_version(tmp_path: Path) -> None:
     with old_broker(tmp_path) as port:
         link = LinkConfig(reconnect_s=0.05, reconnect_max_s=0.2)
