@@ -17,7 +17,7 @@ from cloud.metrics import CpuClock
 from cloud.server_half import Scores, load_half
 from splitward.wire.server import ServerCard, read_server_card
 
-SMALLER_SIZES = (4, 8, 16, 32)
+SIZE_STEP = 4
 __all__ = ["Engine", "LocalEngine", "Scores", "SizedHalf"]
 
 
@@ -42,7 +42,7 @@ class SizedHalf:
     """A loaded half whose batches all have one of a few sizes.
 
     Kernels may differ by batch size in the last bits, and a frame's result must not depend on its company: every
-    batch is padded to `batch_size`, or to a smaller one of `SMALLER_SIZES` that was found at the start to give
+    batch is padded to `batch_size`, or to a smaller multiple of `SIZE_STEP` that was found at the start to give
     the same bits on this machine.
     """
 
@@ -78,7 +78,7 @@ class SizedHalf:
         shape = (batch_size, *card.release.shape)
         trial = np.random.default_rng(0).standard_normal(shape, np.float32)
         whole = self._half.run(trial)
-        return [size for size in SMALLER_SIZES if size < batch_size and self._alike(trial, whole, size)]
+        return [size for size in range(SIZE_STEP, batch_size, SIZE_STEP) if self._alike(trial, whole, size)]
 
     def _alike(self, trial: NDArray[np.float32], whole: Scores, size: int) -> bool:
         part = self._half.run(np.ascontiguousarray(trial[:size]))
