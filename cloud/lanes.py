@@ -18,8 +18,8 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 WIDTH = 16
-"""Two registers of AVX: while one waits for a root or a quotient, the other computes. 8 lanes were 1.4 times as fast for
-up to 8 frames, and slower by as much for more."""
+"""Two registers of AVX: while one waits for a root or a quotient, the other computes. 8 lanes were 1.4 times as fast
+for up to 8 frames, and slower by as much for more."""
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 _MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _FLAGS = ("contract", "nnan", "nsz")
