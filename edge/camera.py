@@ -54,6 +54,8 @@ class CameraSource:
                 read = self._read_until_failure(device)
             finally:
                 device.release()
+            if self._capture.stop.is_set():
+                return
             failures = 0 if read else failures + 1
             pause_s = RECONNECT_S[min(failures, len(RECONNECT_S) - 1)]
             log.warning("camera %s gives no frame; opening it again in %.1f s", self._camera, pause_s)

@@ -421,6 +421,7 @@ def test_the_agent_renews_by_itself_and_takes_the_new_certificate(
         cloud.wait(renewed)
         stop.set()
         thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
 
 
 def test_a_power_cut_during_renewal_leaves_a_matching_pair(tmp_path: Path) -> None:
