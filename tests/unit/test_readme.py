@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -26,6 +27,14 @@ def blocks(language: str) -> list[str]:
 def test_its_table_is_the_demos_own():
     summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
     assert format_summary(summary) in README
+
+
+@pytest.mark.parametrize("name", ["cloud", "training"])
+def test_pages_of_results_are_those_of_their_json(name):
+    made = importlib.import_module(f"benchmarks.{name}")
+    page = ROOT / f"docs/results/{name}.md"
+    result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert page.read_text(encoding="utf-8") == made.format_page(result)
 
 
 def test_its_configurations_are_accepted():
