@@ -414,9 +414,9 @@ From few and many devices, in a run of its own:
 
 ## Throughput and latency
 
-- Small network: {result["saturation_per_s"]:,.0f} results a second at saturation. At half of that, 99 of 100 replies come
-  within {result["p99_ms_half_load"]:.0f} ms of the message, {result["p99_ms_half_load_memory_disk"]:.0f} with the store in
-  memory. (Every commit waits for a flush: {result["disk_flush_ms"]["p50"]} ms in the median on this disk.)
+- Small network: {result["saturation_per_s"]:,.0f} results a second at saturation. At half of that, 99 of 100 replies
+  come within {result["p99_ms_half_load"]:.0f} ms of the message, {result["p99_ms_half_load_memory_disk"]:.0f} with the
+  store in memory. (Every commit waits for a flush: {result["disk_flush_ms"]["p50"]} ms in the median on this disk.)
 - Heavy network: {100 * heavy["throughput_of_compiled"]:.0f} % of the bare one's results a second in batches of 64,
   {100 * heavy["of_compiled"]:.0f} % by CPU time; {heavy["of_torch"]:.2f} times those of torch's own modules.
 - A second worker on a second core: {result["two_worker_speedup"]:.2f} times the results of one, heavy network; two
