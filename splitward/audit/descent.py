@@ -27,6 +27,18 @@ def total_variation(frames: Tensor) -> Tensor:
     return rows + columns
 
 
+def release_gap(network: SplitNetwork, released: Tensor, weight: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """Objective `|release(x) - released|^2 / variance + weight * TV(x)` of frames, [B]; the noise is drawn afresh at
+    each call. `weight` may be one for each target, [B]."""
+    variance = released.var(0).mean().clamp_min(1e-12)
+
+    def objective(frames: Tensor) -> Tensor:
+        gap = network.release(activation_of(network, frames)) - released
+        return gap.square().flatten(1).mean(1) / variance + weight * total_variation(frames)
+
+    return objective
+
+
 def descend(
     objective: Callable[..., Tensor],
     *starts: Tensor,

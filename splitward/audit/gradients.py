@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from splitward.audit.attack import Case, Knowledge, ThreatModel
-from splitward.audit.descent import activation_of, descend, total_variation
+from splitward.audit.descent import descend, release_gap, total_variation
 from splitward.audit.floors import class_mean_image
 from splitward.audit.optimise import weights_of
 from splitward.method.split import SplitNetwork
@@ -142,12 +142,7 @@ class CutGradient:
         with reproducible(seed):
             candidates = cut_gradients(network, case.released)
             labels = infer_labels(candidates, candidates[case.labels, torch.arange(len(case.labels))])
-            variance = case.released.var(0).mean().clamp_min(1e-12)
-
-            def objective(frames: Tensor) -> Tensor:
-                gap = network.release(activation_of(network, frames)) - case.released
-                return gap.square().flatten(1).mean(1) / variance + self.weight * total_variation(frames)
-
+            objective = release_gap(network, case.released, self.weight)
             start = class_mean_image(case.auxiliary, case.auxiliary_labels, labels)
             return descend(objective, start, steps=round(self.steps * self.effort), rate=self.rate)[0]
 

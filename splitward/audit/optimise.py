@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitward.audit.attack import Case, ThreatModel
-from splitward.audit.descent import activation_of, descend, total_variation
+from splitward.audit.descent import descend, release_gap
 from splitward.audit.metrics import mse
 from splitward.method.split import SplitNetwork
 from splitward.training.loop import reproducible
@@ -77,12 +77,7 @@ class Optimise:
             return self._descend(network, case, case.released, best.expand(len(case.released)))
 
     def _descend(self, network: SplitNetwork, case: Case, released: Tensor, weights: Tensor) -> Tensor:
-        variance = released.var(0).mean().clamp_min(1e-12)
-
-        def objective(frames: Tensor) -> Tensor:
-            gap = network.release(activation_of(network, frames)) - released
-            return gap.square().flatten(1).mean(1) / variance + weights * total_variation(frames)
-
+        objective = release_gap(network, released, weights)
         start = case.auxiliary.mean(0).expand(len(released), -1, -1, -1)
         return descend(objective, start, steps=round(self.steps * self.effort), rate=self.rate)[0]
 

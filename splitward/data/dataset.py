@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,16 @@ from numpy.typing import NDArray
 from splitward.errors import DataError
 from splitward.imaging.inputs import Pixels, as_float
 
-__all__ = ["FRACTIONS", "Dataset", "Split", "as_float", "split_by_patient", "split_images", "stack_images"]
+__all__ = [
+    "FRACTIONS",
+    "Dataset",
+    "Split",
+    "as_float",
+    "labelled_folder",
+    "split_by_patient",
+    "split_images",
+    "stack_images",
+]
 
 FRACTIONS = (0.7, 0.15, 0.15)
 """Share of the images in train, validation and test where a source brings no split of its own."""
@@ -120,6 +130,41 @@ def split_images(
         for rows in split_by_patient(patients, labels, FRACTIONS, seed)
     )
     return train, validation, test
+
+
+def labelled_folder(
+    folder: Path,
+    task: str,
+    images: Sequence[Pixels],
+    labels: Sequence[str],
+    patients: Sequence[str],
+    seed: int,
+    source: str,
+) -> Dataset:
+    """Data set of a user's own images [C, H, W]; labels and patients are names, and the latter become ordinals.
+
+    Raises
+    ------
+    DataError
+        Fewer patients than splits.
+    """
+    classes, positions = np.unique(labels, return_inverse=True)
+    _, ordinals = np.unique(patients, return_inverse=True)
+    try:
+        train, validation, test = split_images(stack_images(images), positions, ordinals, seed)
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from error
+    return Dataset(
+        name=folder.name,
+        task=task,
+        classes=tuple(map(str, classes)),
+        train=train,
+        validation=validation,
+        test=test,
+        synthetic=False,
+        licence="not stated by the files",
+        source=f"{source}; split by patient",
+    )
 
 
 def stack_images(images: Sequence[Pixels]) -> Pixels:

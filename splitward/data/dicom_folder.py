@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from splitward.data.dataset import Dataset, split_images, stack_images
+from splitward.data.dataset import Dataset, labelled_folder
 from splitward.data.listing import list_files
 from splitward.errors import DataError
 from splitward.imaging.dicom import read_dicom
@@ -37,20 +35,5 @@ def load(folder: Path, task: str, size: int | None, seed: int) -> Dataset:
             images.append(fit_pixels(frame.pixels, InputSpec(channels, side, side)))
             names.append(entry.label)
             identities.append(patient)
-    classes, labels = np.unique(names, return_inverse=True)
-    _, patients = np.unique(identities, return_inverse=True)
-    try:
-        train, validation, test = split_images(stack_images(images), labels, patients, seed)
-    except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
-    return Dataset(
-        name=folder.name,
-        task=task,
-        classes=tuple(map(str, classes)),
-        train=train,
-        validation=validation,
-        test=test,
-        synthetic=False,
-        licence="not stated by the files",
-        source=f"{len(images)} frames of {len(listed)} DICOM files; split by patient",
-    )
+    source = f"{len(images)} frames of {len(listed)} DICOM files"
+    return labelled_folder(folder, task, images, names, identities, seed, source)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-
-from splitward.data.dataset import Dataset, split_images, stack_images
+from splitward.data.dataset import Dataset, labelled_folder
 from splitward.data.listing import Listed, list_files
 from splitward.errors import DataError
 from splitward.imaging.files import SUFFIXES, read_image
@@ -26,25 +24,14 @@ def load(folder: Path, task: str, size: int | None, seed: int) -> Dataset:
     """Read every labelled image of `folder`, split by patient; RGB where any image is in colour."""
     side = size or DEFAULT_SIZE
     listed = list_files(folder)
-    images = stack_images([_read(entry.path, side) for entry in listed])
-    classes, labels = np.unique([entry.label for entry in listed], return_inverse=True)
-    _, patients = np.unique([_patient(entry) for entry in listed], return_inverse=True)
-    origin = "as listed" if all(entry.patient for entry in listed) else "by file name"
+    images = [_read(entry.path, side) for entry in listed]
+    labels, patients = [entry.label for entry in listed], [_patient(entry) for entry in listed]
+    named = all(entry.patient for entry in listed)
+    source = f"{len(listed)} image files; patients {'as listed' if named else 'by file name'}"
     try:
-        train, validation, test = split_images(images, labels, patients, seed)
+        return labelled_folder(folder, task, images, labels, patients, seed, source)
     except DataError as error:
-        raise DataError(f"{folder}: {error} A patients.csv (file,patient) names them.") from error
-    return Dataset(
-        name=folder.name,
-        task=task,
-        classes=tuple(map(str, classes)),
-        train=train,
-        validation=validation,
-        test=test,
-        synthetic=False,
-        licence="not stated by the files",
-        source=f"{len(listed)} image files; patients {origin}; split by patient",
-    )
+        raise DataError(f"{error} A patients.csv (file,patient) names them.") from error
 
 
 def _read(path: Path, side: int) -> Pixels:

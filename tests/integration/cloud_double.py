@@ -186,21 +186,23 @@ def assert_each_once(folder: Path, frames: int) -> None:
 
 
 @contextmanager
-def agent_thread(config: EdgeConfig) -> Iterator[list[AgentReport]]:
-    """The agent in a thread until every frame is answered; it must have ended within the time limit."""
+def running(config: EdgeConfig, *, until_answered: bool = False) -> Iterator[list[AgentReport]]:
+    """The agent in a thread until the block ends, or after it until every frame is answered."""
     reports: list[AgentReport] = []
     stop = threading.Event()
     thread = threading.Thread(
-        target=lambda: reports.append(run_agent(config, stop=stop, until_answered=True)), daemon=True
+        target=lambda: reports.append(run_agent(config, stop=stop, until_answered=until_answered)), daemon=True
     )
     thread.start()
     try:
         yield reports
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive(), "the agent still waits for results"
+        if until_answered:
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive(), "the agent still waits for results"
     finally:
         stop.set()
         thread.join(TIMEOUT_S)
+    assert not thread.is_alive(), "the agent does not stop"
 
 
 def start_process(config: EdgeConfig, folder: Path, *flags: str) -> subprocess.Popen[bytes]:

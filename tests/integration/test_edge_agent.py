@@ -29,11 +29,11 @@ from splitward.wire.server import ServerCard, write_server_card
 from tests.integration.cloud_double import (
     LINK,
     TIMEOUT_S,
-    agent_thread,
     assert_each_once,
     cloud_at,
     configure,
     read_answers,
+    running,
     start_process,
     write_frames,
 )
@@ -71,7 +71,7 @@ def test_a_second_start_captures_nothing_again(tmp_path: Path, mosquitto: Broker
 
 def test_a_broker_that_restarts_loses_nothing(tmp_path: Path, broker: Broker, tiny_bundle: Any) -> None:
     config = configure(tmp_path, broker, tiny_bundle, 200, capture=CaptureConfig(rate_hz=200))
-    with cloud_at(broker) as cloud, agent_thread(config) as reports:
+    with cloud_at(broker) as cloud, running(config, until_answered=True) as reports:
         cloud.wait(lambda: len(cloud.answers) > 50)
         broker.stop()
         broker.start()

@@ -6,8 +6,6 @@ import io
 import json
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge.agent import AgentReport, run_agent
+from edge.agent import run_agent
 from edge.config import CaptureConfig, EdgeConfig
 from edge.settings import load_settings
 from firmware_sim.broker import Broker, free_port
 from splitward.errors import ConfigError
-from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers
+from tests.integration.cloud_double import cloud_at, configure, read_answers, running
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'splitward[dicom]'")
 
@@ -42,20 +40,6 @@ def make_dicom(number: int, frames: int = 1) -> Any:
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
     dataset.PixelData = np.random.default_rng(number).integers(0, 256, 64 * frames, dtype=np.uint8).tobytes()
     return dataset
-
-
-@contextmanager
-def running(config: EdgeConfig) -> Iterator[list[AgentReport]]:
-    reports: list[AgentReport] = []
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: reports.append(run_agent(config, stop=stop)), daemon=True)
-    thread.start()
-    try:
-        yield reports
-    finally:
-        stop.set()
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
 
 
 def send(port: int, datasets: list[Any], title: str = "SPLITWARD", caller: str = "PACS") -> list[int] | None:

@@ -39,10 +39,10 @@ from splitward.wire.control import Status
 from tests.integration.cloud_double import (
     LINK,
     TIMEOUT_S,
-    agent_thread,
     assert_each_once,
     cloud_at,
     configure,
+    running,
 )
 from tests.integration.cloud_https import Authority, HttpsCloud, https_cloud, pem, private_pem
 
@@ -129,7 +129,7 @@ def test_a_broker_of_mqtt_3_1_1_is_spoken_to_in_its_own_version(tmp_path: Path) 
 def test_frames_are_answered_over_mqtt_3_1_1(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
     config = configure(tmp_path, mosquitto, tiny_bundle, 50, capture=CaptureConfig(rate_hz=100))
     config = msgspec.structs.replace(config, broker=msgspec.structs.replace(config.broker, protocol="3.1.1"))
-    with cloud_at(mosquitto) as cloud, agent_thread(config) as reports:
+    with cloud_at(mosquitto) as cloud, running(config, until_answered=True) as reports:
         cloud.wait(lambda: len(cloud.answers) > 10)
         mosquitto.stop()
         mosquitto.start()
@@ -154,7 +154,7 @@ def test_a_bad_network_loses_and_doubles_nothing(
     with FaultProxy(mosquitto.port) as proxy:
         config = configure(tmp_path, mosquitto, tiny_bundle, 60, capture=CaptureConfig(rate_hz=60))
         config = msgspec.structs.replace(config, broker=BrokerConfig(port=proxy.port, keepalive_s=1))
-        with cloud_at(mosquitto) as cloud, agent_thread(config) as reports:
+        with cloud_at(mosquitto) as cloud, running(config, until_answered=True) as reports:
             cloud.wait(lambda: len(cloud.answers) > 5)
             proxy.toxics = toxics
             if toxics.closed:
@@ -409,19 +409,13 @@ def test_the_agent_renews_by_itself_and_takes_the_new_certificate(
     monkeypatch.setattr("edge.upkeep.FIRST_S", 0.5)
     config = enrolled(tmp_path, web, secure, tiny_bundle)
     config = msgspec.structs.replace(config, cloud=msgspec.structs.replace(config.cloud, renew_at=0.01))
-    stop = threading.Event()
-    with cloud_at(secure, cloud_client(web, tmp_path)) as cloud:
-        thread = threading.Thread(target=run_agent, args=(config,), kwargs={"stop": stop}, daemon=True)
-        thread.start()
+    with cloud_at(secure, cloud_client(web, tmp_path)) as cloud, running(config):
 
         def renewed() -> bool:
             ends = {one.certificate_expires_at_ns for one in cloud.statuses.get("device-1", [])} - {None}
             return len(ends) == 2
 
         cloud.wait(renewed)
-        stop.set()
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
 
 
 def test_a_power_cut_during_renewal_leaves_a_matching_pair(tmp_path: Path) -> None:

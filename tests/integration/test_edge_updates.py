@@ -6,7 +6,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import edge.disk
-from edge.agent import AgentReport, run_agent
 from edge.config import CaptureConfig, CloudConfig, EdgeConfig, UpdateConfig
 from edge.errors import UpdateError
 from edge.installation import InstallRequest, install, install_apart
@@ -27,7 +25,7 @@ from firmware_sim.fleet import to_toml
 from splitward.wire.bundle import read_bundle, read_trusted_key, write_bundle
 from splitward.wire.message import Activation
 from splitward.wire.orders import Announcement, Command
-from tests.integration.cloud_double import TIMEOUT_S, Cloud, cloud_at, configure
+from tests.integration.cloud_double import TIMEOUT_S, Cloud, cloud_at, configure, running
 from tests.integration.cloud_https import HttpsCloud, https_cloud, public_pem
 
 
@@ -49,21 +47,6 @@ def settings(folder: Path, broker: Broker, tiny: Any, web: HttpsCloud, **update:
         cloud=CloudConfig(ca=str(web.authority.path)),
         update=UpdateConfig(**{"trial_s": 1.0, "fetch_tries": 3, **update}),
     )
-
-
-@contextmanager
-def running(config: EdgeConfig) -> Iterator[list[AgentReport]]:
-    """The agent in a thread until the block ends."""
-    reports: list[AgentReport] = []
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: reports.append(run_agent(config, stop=stop)), daemon=True)
-    thread.start()
-    try:
-        yield reports
-    finally:
-        stop.set()
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
 
 
 def publish(web: HttpsCloud, path: Path, model: bytes) -> dict[str, Any]:
