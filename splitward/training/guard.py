@@ -13,6 +13,11 @@ gradients with regular ones. That tells little before the task is half learned, 
 labels, so the guard does not do it. It is passive: a guarded training ends with the same weights as an
 unguarded one.
 
+An honest server's gradients separate the classes almost wholly in the first batches, and a hijacker's do not: there the
+bar is high. Later honest ones dip for some tens of batches, above all where the sites hold different classes and one
+network is trained by all (to 0.78 over 8 batches on MNIST dealt out by Dirichlet(0.3)); a blind hijacker of a sealed
+network stays at 0.5. There the bar is in between.
+
 What it cannot see: a server whose gradients depend on the labels as the task's do, be it that it answers with
 the task's own gradient while it is watched, or that its critic is told the labels. The latter evades the
 guard where the client half is undefended, and is caught where it is sealed (`splitward.audit.hijack_trial`).
@@ -41,11 +46,18 @@ class GuardSettings:
     window : int
         Batches over which the separation is averaged; the first alarm can come after so many.
     threshold : float
-        Alarm below this separation. Chosen on trainings with other seeds than those of the published trial.
+        Alarm below this separation in the first `early` batches. Chosen on trainings with other seeds than those of
+        the published trial.
+    early : int
+        Batches.
+    later : float
+        Alarm below this separation afterwards.
     """
 
     window: int = 8
     threshold: float = 0.85
+    early: int = 16
+    later: float = 0.7
 
 
 class GradientGuard:
@@ -66,6 +78,11 @@ class GradientGuard:
     def separation(self) -> float:
         """Mean over the last batches; 1 before there is any."""
         return float(np.mean(self._recent)) if self._recent else 1.0
+
+    @property
+    def threshold(self) -> float:
+        """Separation below which it gives the alarm now."""
+        return self.settings.threshold if self.batches <= self.settings.early else self.settings.later
 
     @property
     def recent(self) -> list[float]:
@@ -97,10 +114,10 @@ class GradientGuard:
             return
         self.batches += 1
         self._recent.append(separation)
-        if len(self._recent) == self.settings.window and self.separation < self.settings.threshold:
+        if len(self._recent) == self.settings.window and self.separation < self.threshold:
             raise HijackError(
                 f"batch {self.batches}: the server's gradients separate the classes by {self.separation:.2f}, "
-                f"under {self.settings.threshold:.2f}: they do not serve the task. Stop, and trust neither "
+                f"under {self.threshold:.2f}: they do not serve the task. Stop, and trust neither "
                 "this server nor the client half that it trained."
             )
 

@@ -540,7 +540,7 @@ class Client:
             "plan": self.place.plan,
             "step": self._active.steps_done,
             "separations": guard.recent,
-            "threshold": guard.settings.threshold,
+            "threshold": guard.threshold,
             "at_ns": time.time_ns(),
             "gradient": "evidence.npz: gradient and labels of the last batch",
         }

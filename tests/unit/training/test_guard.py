@@ -24,11 +24,11 @@ def labels_for(count: int = 40, classes: int = 10, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(classes, size=count)
 
 
-def feed(guard: GradientGuard, batches: int, turns_at: int) -> None:
-    """So many batches of a server that serves the task until one of them."""
+def feed(guard: GradientGuard, batches: int, turns_at: int, own: float = 0.0) -> None:
+    """So many batches of a server that serves the task until one of them, and from there on by `own` only."""
     for seed in range(batches):
         labels = labels_for(seed=seed)
-        guard.observe(gradients(labels, 2.0 if seed < turns_at else 0.0, seed), labels)
+        guard.observe(gradients(labels, 2.0 if seed < turns_at else own, seed), labels)
 
 
 def test_separation_by_hand():
@@ -80,6 +80,18 @@ def test_a_server_that_turns_later_is_caught_too():
     with pytest.raises(HijackError):
         feed(guard, 40, turns_at=20)
     assert 20 < guard.batches <= 20 + guard.settings.window
+
+
+DIP = 0.25
+"""Of a class's direction: the classes are separated by 0.79 in the mean, as sites that differ see it for some time."""
+
+
+def test_a_dip_gives_the_alarm_in_the_first_batches_and_not_later():
+    guard = GradientGuard()
+    feed(guard, 60, turns_at=guard.settings.early, own=DIP)
+    assert guard.settings.later < guard.separation < guard.settings.threshold
+    with pytest.raises(HijackError, match=r"batch 8: .* under 0.85"):
+        feed(GradientGuard(), 60, turns_at=0, own=DIP)
 
 
 def test_the_guard_loads_without_torch():
