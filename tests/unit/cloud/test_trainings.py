@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from cloud import audit, training
 
 pytestmark = pytest.mark.anyio
+START_S = 90.0
 ASKED = {"name": "chest", "channels": 1, "side": 28, "classes": 2, "sites": 2}
 
 
@@ -23,24 +25,26 @@ def folder_of(cloud) -> Path:
     return Path(cloud.parts.fleet.state_dir) / "trainings"
 
 
-async def until(cloud, name: str, state: str) -> dict:
-    for _ in range(600):
-        found = (await cloud.http.get(f"/v1/trainings/{name}")).json()
-        if found["state"] == state:
-            return found
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"{found}: not {state}")
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait for what a new process brings about: it imports torch first, at a low priority."""
+    async with asyncio.timeout(START_S):
+        while not holds():
+            await asyncio.sleep(0.05)
+
+
+async def until(cloud, name: str, wanted: Callable[[dict], bool]) -> dict:
+    """The training, once it is as `wanted`."""
+    async with asyncio.timeout(START_S):
+        while not wanted(found := (await cloud.http.get(f"/v1/trainings/{name}")).json()):
+            await asyncio.sleep(0.05)
+    return found
 
 
 async def test_a_training_is_made_stopped_and_gone_on_with(cloud):
     answer = await cloud.http.post("/v1/trainings", json=ASKED)
     assert answer.status_code == 201, answer.text
     name = answer.json()["id"]
-    for _ in range(600):
-        found = (await cloud.http.get(f"/v1/trainings/{name}")).json()
-        if found["progress"]:
-            break
-        await asyncio.sleep(0.05)
+    found = await until(cloud, name, lambda found: bool(found["progress"]))
     assert found["progress"] | {"bytes_up": 0, "bytes_down": 0} == {
         "failure": "", "finished": False, "round": 0, "rounds": 1, "bytes_up": 0, "bytes_down": 0, "sites": [],
     }  # fmt: skip
@@ -72,7 +76,7 @@ async def test_a_training_is_made_stopped_and_gone_on_with(cloud):
 )
 async def test_what_cannot_be_planned_fails_and_says_why(cloud, wrong, words):
     name = (await cloud.http.post("/v1/trainings", json=ASKED | wrong)).json()["id"]
-    found = await until(cloud, name, "failed")
+    found = await until(cloud, name, lambda found: found["state"] == "failed")
     assert words in found["reason"]
 
 
@@ -102,22 +106,14 @@ async def test_a_process_that_ends_is_started_again_and_the_service_ends_it(run_
         progress = folder_of(cloud) / name / "progress.json"
         seen = []
         for _ in range(2):
-            for _ in range(900):
-                process = cloud.parts.trainings._process
-                if process is not None and process not in seen and progress.exists():
-                    break
-                await asyncio.sleep(0.05)
-            assert process is not None
-            assert process not in seen
+            await eventually(lambda: cloud.parts.trainings._process not in (None, *seen) and progress.exists())
+            process = cloud.parts.trainings._process
             seen.append(process)
             progress.unlink()
             process.kill()
             await process.wait()
         assert "ended with -9" in caplog.text
-        for _ in range(900):
-            if progress.exists():
-                break
-            await asyncio.sleep(0.05)
+        await eventually(progress.exists)
         last = cloud.parts.trainings._process
         assert json.loads(progress.read_text())["rounds"] == 1
     assert last is not None
