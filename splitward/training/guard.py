@@ -13,12 +13,13 @@ gradients with regular ones. That tells little before the task is half learned, 
 labels, so the guard does not do it. It is passive: a guarded training ends with the same weights as an
 unguarded one.
 
-An honest server's gradients separate the classes almost wholly in the first batches, and a hijacker's do not: there the
-bar is high. Later honest ones dip for some tens of batches, above all where the sites hold different classes and one
-network is trained by all (to 0.78 over 8 batches on MNIST dealt out by Dirichlet(0.3)); a blind hijacker of a sealed
-network stays at 0.5. There the bar is in between.
+Where one network is trained by sites that hold different classes, the gradients that an honest server sends them dip for
+some tens of batches, though not in the first (FedSGD on MNIST dealt out by Dirichlet(0.3): to 0.78 over 8 batches). So a
+site whose own labels are uneven expects less after the first batches. It goes by its labels alone, as a hijacking server
+would plan the training that is guarded least.
 
-What it cannot see: a server whose gradients depend on the labels as the task's do, be it that it answers with
+What it cannot see: on such a site, a server that serves the task at first and whose critic is told the labels (0.8; one
+that is not told them is at 0.65). On any, a server whose gradients depend on the labels as the task's do, be it that it answers with
 the task's own gradient while it is watched, or that its critic is told the labels. The latter evades the
 guard where the client half is undefended, and is caught where it is sealed (`splitward.audit.hijack_trial`).
 
@@ -46,22 +47,28 @@ class GuardSettings:
     window : int
         Batches over which the separation is averaged; the first alarm can come after so many.
     threshold : float
-        Alarm below this separation in the first `early` batches. Chosen on trainings with other seeds than those of
-        the published trial.
-    early : int
-        Batches.
-    later : float
-        Alarm below this separation afterwards.
+        Alarm below this separation. Chosen on trainings with other seeds than those of the published trial.
+    even : float
+        A site whose labels' perplexity is under this share of the number of classes is uneven.
+    early, later : int, float
+        An uneven site's threshold after so many batches.
     """
 
     window: int = 8
     threshold: float = 0.85
+    even: float = 0.75
     early: int = 16
-    later: float = 0.7
+    later: float = 0.75
 
 
 class GradientGuard:
     """Watches the gradients at the cut that come back to one client.
+
+    Parameters
+    ----------
+    settings : GuardSettings, optional
+    perplexity : float
+        Of the site's labels, by the number of classes (`even_share`).
 
     Attributes
     ----------
@@ -69,8 +76,9 @@ class GradientGuard:
         Batches that could be judged so far.
     """
 
-    def __init__(self, settings: GuardSettings | None = None) -> None:
+    def __init__(self, settings: GuardSettings | None = None, perplexity: float = 1.0) -> None:
         self.settings = settings or GuardSettings()
+        self._uneven = perplexity < self.settings.even
         self.batches = 0
         self._recent: deque[float] = deque(maxlen=self.settings.window)
 
@@ -82,7 +90,8 @@ class GradientGuard:
     @property
     def threshold(self) -> float:
         """Separation below which it gives the alarm now."""
-        return self.settings.threshold if self.batches <= self.settings.early else self.settings.later
+        settings = self.settings
+        return settings.later if self._uneven and self.batches > settings.early else settings.threshold
 
     @property
     def recent(self) -> list[float]:
@@ -120,6 +129,13 @@ class GradientGuard:
                 f"under {self.threshold:.2f}: they do not serve the task. Stop, and trust neither "
                 "this server nor the client half that it trained."
             )
+
+
+def even_share(labels: NDArray[np.int64], classes: int) -> float:
+    """Perplexity of the labels by the number of classes: 1 where each is as frequent, `1 / classes` where one is all."""
+    shares = np.bincount(labels, minlength=classes) / max(1, len(labels))
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()) / classes)
 
 
 def class_separation(gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float | None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from splitward.data import Split
 from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.method.split import SplitSettings
-from splitward.training.guard import GradientGuard, GuardSettings
+from splitward.training.guard import GradientGuard, GuardSettings, even_share
 from splitward.training.loop import frames_of, reproducible, to_unit
 from splitward.training.remote.envelope import fingerprint, open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
@@ -127,7 +127,9 @@ class Client:
         self.device, self.training = device, training
         self._split, self._validation, self._agreed = train, validation, split
         self._folder, self._peers, self._repeatable, self._every = folder, peers, repeatable, every
-        self._guard = None if guard is None else GradientGuard(guard)
+        self._guard = None
+        if guard is not None:
+            self._guard = GradientGuard(guard, even_share(train.labels, split.network.classes))
         self._key = _own_key(folder)
         self.place = Place(secrets.randbits(63), keys={}, frames={}, separations=[], metrics=[])
         self.plan: Plan | None = None

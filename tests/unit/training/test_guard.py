@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from splitward.errors import HijackError
-from splitward.training.guard import GradientGuard, GuardSettings, class_separation
+from splitward.training.guard import GradientGuard, GuardSettings, class_separation, even_share
 
 
 def gradients(labels: np.ndarray, own: float, seed: int = 0) -> np.ndarray:
@@ -83,15 +83,33 @@ def test_a_server_that_turns_later_is_caught_too():
 
 
 DIP = 0.25
-"""Of a class's direction: the classes are separated by 0.79 in the mean, as sites that differ see it for some time."""
+"""Of a class's direction: the classes are separated by 0.79 in the mean, as uneven sites see it for some time."""
 
 
-def test_a_dip_gives_the_alarm_in_the_first_batches_and_not_later():
-    guard = GradientGuard()
+def test_an_uneven_site_lives_with_a_dip_after_the_first_batches():
+    guard = GradientGuard(perplexity=0.5)
     feed(guard, 60, turns_at=guard.settings.early, own=DIP)
     assert guard.settings.later < guard.separation < guard.settings.threshold
-    with pytest.raises(HijackError, match=r"batch 8: .* under 0.85"):
-        feed(GradientGuard(), 60, turns_at=0, own=DIP)
+
+
+@pytest.mark.parametrize(("perplexity", "turns_at"), [(0.5, 0), (1.0, 0), (1.0, 30)])
+def test_a_dip_gives_the_alarm_in_the_first_batches_and_where_labels_are_even(perplexity, turns_at):
+    with pytest.raises(HijackError, match=r"under 0\.85"):
+        feed(GradientGuard(perplexity=perplexity), 60, turns_at, own=DIP)
+
+
+def test_an_uneven_site_catches_a_server_that_turns_later():
+    guard = GradientGuard(perplexity=0.5)
+    with pytest.raises(HijackError, match=r"under 0\.75"):
+        feed(guard, 60, turns_at=30)
+    assert 30 < guard.batches <= 30 + guard.settings.window
+
+
+@pytest.mark.parametrize(
+    ("counts", "share"), [([5, 5, 5, 5], 1.0), ([7, 0, 0, 0], 0.25), ([4, 4, 0, 0], 0.5), ([0, 0, 0, 0], 0.25)]
+)
+def test_the_share_of_even_labels(counts, share):
+    assert even_share(np.repeat(np.arange(4), counts), 4) == pytest.approx(share)
 
 
 def test_the_guard_loads_without_torch():
