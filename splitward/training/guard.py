@@ -132,7 +132,7 @@ class GradientGuard:
 
 
 def even_share(labels: NDArray[np.int64], classes: int) -> float:
-    """Perplexity of the labels by the number of classes: 1 where each is as frequent, `1 / classes` where one is all."""
+    """Perplexity of the labels by the number of classes: 1 where each is as frequent, `1 / classes` for one alone."""
     shares = np.bincount(labels, minlength=classes) / max(1, len(labels))
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()) / classes)
