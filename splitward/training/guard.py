@@ -13,15 +13,15 @@ gradients with regular ones. That tells little before the task is half learned, 
 labels, so the guard does not do it. It is passive: a guarded training ends with the same weights as an
 unguarded one.
 
-Where one network is trained by sites that hold different classes, the gradients that an honest server sends them dip for
-some tens of batches, though not in the first (FedSGD on MNIST dealt out by Dirichlet(0.3): to 0.78 over 8 batches). So a
-site whose own labels are uneven expects less after the first batches. It goes by its labels alone, as a hijacking server
-would plan the training that is guarded least.
+Where one network is trained by sites that hold different classes, what an honest server sends them dips for some
+tens of batches, though not in the first (FedSGD on MNIST dealt out by Dirichlet(0.3): to 0.78 over 8 batches). So
+a site whose own labels are uneven expects less after the first batches. It goes by its labels alone: a hijacking
+server would plan the training that is guarded least.
 
-What it cannot see: on such a site, a server that serves the task at first and whose critic is told the labels (0.8; one
-that is not told them is at 0.65). On any, a server whose gradients depend on the labels as the task's do, be it that it answers with
+What it cannot see: a server whose gradients depend on the labels as the task's do, be it that it answers with
 the task's own gradient while it is watched, or that its critic is told the labels. The latter evades the
-guard where the client half is undefended, and is caught where it is sealed (`splitward.audit.hijack_trial`).
+guard where the client half is undefended, and is caught where it is sealed (`splitward.audit.hijack_trial`),
+except by an uneven site if it has served the task at first.
 
 numpy only: a device has no torch.
 """
@@ -132,7 +132,7 @@ class GradientGuard:
 
 
 def even_share(labels: NDArray[np.int64], classes: int) -> float:
-    """Perplexity of the labels by the number of classes: 1 where each is as frequent, `1 / classes` for one alone."""
+    """Perplexity of the labels by the number of classes: 1 where all are as frequent, `1 / classes` for one alone."""
     shares = np.bincount(labels, minlength=classes) / max(1, len(labels))
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()) / classes)
