@@ -33,6 +33,7 @@ MARGIN = 0.05
 """SSIM above the class-mean floor from which a reconstruction tells more than its label."""
 HONEST_SEEDS = tuple(range(20))
 HIJACK_SEEDS = (0, 1, 2)
+TURNS_AT = 40
 TUNING_SEEDS = (100, 101, 102)
 """Seeds on which the guard's window and threshold were chosen; none of them is reported."""
 
@@ -68,6 +69,23 @@ class HonestServer:
         (gradient,) = torch.autograd.grad(loss, at_cut, retain_graph=True)
         self._optimiser.step(loss)
         return gradient
+
+
+class TurningServer:
+    """Serves the task for `batches`, while it learns to hijack, and hijacks from there on."""
+
+    def __init__(self, honest: HonestServer, hijacking: HijackingServer, batches: int) -> None:
+        self._honest, self._hijacking, self._left = honest, hijacking, batches
+
+    def answer(self, released: Tensor, labels: Tensor) -> Tensor:
+        """Gradient at the cut, as the server is by now."""
+        served, pulled = self._honest.answer(released, labels), self._hijacking.answer(released, labels)
+        self._left -= 1
+        return served if self._left >= 0 else pulled
+
+    def reconstruct(self, released: Tensor) -> Tensor:
+        """Frames [B, C, H, W], as the hijacking server makes them."""
+        return self._hijacking.reconstruct(released)
 
 
 class TrainingClient:
@@ -125,6 +143,7 @@ def simulate(
     steps: int,
     *,
     hijack: HijackSettings | None = None,
+    turns_at: int = 0,
     guard: GuardSettings | None = None,
     every: int = 20,
 ) -> Course:
@@ -138,13 +157,15 @@ def simulate(
     ----------
     settings : RunSettings
         Network, batch, rate and seed of the client; `epochs` counts for nothing.
+    turns_at : int
+        Batches for which the hijacking server serves the task first.
     every : int
         Steps between two points of the curve.
     """
     with reproducible(settings.seed):
         network = SplitNetwork(settings.split).train()
         client = TrainingClient(network, settings, steps)
-        server = _server(network, dataset, settings, steps, hijack)
+        server = _server(network, dataset, settings, steps, hijack, turns_at)
         watch, course = GradientGuard(guard), Course()
         images, labels = frames_of(dataset.train), torch.from_numpy(dataset.train.labels)
         order = torch.randperm(len(labels))
@@ -155,22 +176,30 @@ def simulate(
             first = alarm and course.alarm_step is None
             if first:
                 course.alarm_step = step
-            if isinstance(server, HijackingServer) and (first or step % every == 0 or step in (1, steps)):
+            if not isinstance(server, HonestServer) and (first or step % every == 0 or step in (1, steps)):
                 course.curve.append({"step": step, **_measure(server, network, dataset)})
     return course
 
 
 def _server(
-    network: SplitNetwork, dataset: Dataset, settings: RunSettings, steps: int, hijack: HijackSettings | None
-) -> TrainingServer:
+    network: SplitNetwork,
+    dataset: Dataset,
+    settings: RunSettings,
+    steps: int,
+    hijack: HijackSettings | None,
+    turns_at: int,
+) -> HonestServer | HijackingServer | TurningServer:
     if hijack is None:
         return HonestServer(network, settings, steps)
     shadow = to_unit(frames_of(dataset.validation))
-    return HijackingServer(settings.split, shadow, torch.from_numpy(dataset.validation.labels), hijack)
+    server = HijackingServer(settings.split, shadow, torch.from_numpy(dataset.validation.labels), hijack)
+    return TurningServer(HonestServer(network, settings, steps), server, turns_at) if turns_at else server
 
 
 @torch.no_grad()
-def _measure(server: HijackingServer, network: SplitNetwork, dataset: Dataset) -> dict[str, float]:
+def _measure(
+    server: HijackingServer | TurningServer, network: SplitNetwork, dataset: Dataset
+) -> dict[str, float]:
     targets = to_unit(frames_of(dataset.test)[:TARGETS])
     generator = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(len(targets), *network.settings.network.release_shape, generator=generator)
@@ -187,12 +216,13 @@ def run_trial(
     hijack_seeds: Sequence[int] = HIJACK_SEEDS,
     honest_steps: int = 150,
     hijack_steps: int = 200,
+    turns_at: int = TURNS_AT,
     hijack: HijackSettings | None = None,
 ) -> dict[str, Any]:
     """Honest and hijacked trainings of one profile under the guard, as plain values for JSON.
 
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
-    under `conditional`.
+    under `conditional`, and those of both when they serve the task for `turns_at` batches first under `turning`.
 
     Parameters
     ----------
@@ -202,20 +232,23 @@ def run_trial(
     split = split_settings(dataset, profile)
     attack, floor = hijack or HijackSettings(), class_mean_ssim(dataset)
 
-    def run(seed: int, steps: int, server: HijackSettings | None = None) -> Course:
+    def run(seed: int, steps: int, server: HijackSettings | None = None, turns_at: int = 0) -> Course:
         settings = RunSettings(data, dataset.task, None, split, epochs=1, batch=BATCH, seed=seed)
-        return simulate(dataset, settings, steps, hijack=server)
+        return simulate(dataset, settings, steps, hijack=server, turns_at=turns_at)
+
+    def hijacked(turns_at: int) -> dict[str, Any]:
+        blind, told = (
+            [run(seed, hijack_steps, replace(attack, conditional=told), turns_at) for seed in hijack_seeds]
+            for told in (False, True)
+        )
+        return {**_summarise(blind, floor), "conditional": _summarise(told, floor)}
 
     honest = [run(seed, honest_steps) for seed in honest_seeds]
-    attackers = [
-        [run(seed, hijack_steps, replace(attack, conditional=told)) for seed in hijack_seeds]
-        for told in (False, True)
-    ]
     lowest = min(min(course.separations[GuardSettings().window - 1 :]) for course in honest)
     return {
         "profile": profile,
-        **_summarise(attackers[0], floor),
-        "conditional": _summarise(attackers[1], floor),
+        **hijacked(0),
+        "turning": {"turns_at": turns_at, **hijacked(turns_at)},
         "floor_ssim": floor,
         "honest_trainings": len(honest),
         "false_alarms": sum(course.alarm_step is not None for course in honest),

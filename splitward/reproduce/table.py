@@ -248,10 +248,14 @@ def _fsha(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     profiles = {name: row for name, row in found.items() if isinstance(row, dict) and "false_alarms" in row}
     named = ("detected", "ssim_at_detection", "false_alarms", "honest_trainings", "floor_ssim")
-    short = {
-        name: {key: value for key, value in row.items() if key != "curves"}
-        | {"conditional": {key: value for key, value in row["conditional"].items() if key != "curves"}}
-        for name, row in profiles.items()
-    }
+    short = {name: _without_curves(row) for name, row in profiles.items()}
     first = {key: short["sealed"][key] for key in named} if "sealed" in short else {}
     return {"fsha": {**first, "profiles": short, "command": found["command"]}}
+
+
+def _without_curves(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_curves(value) if isinstance(value, dict) else value
+        for key, value in row.items()
+        if key != "curves"
+    }
