@@ -117,7 +117,7 @@ def _fsha(found: dict[str, Any]) -> str:
     cells = [
         (
             profile,
-            told,
+            f"{told}, turns after {served['turns_at']}" if "turns_at" in served else told,
             "yes" if one["detected"] else "no",
             ", ".join(str(step) for step in one["step_at_detection"]),
             _spread(one["ssim_at_detection"], 0.0, 3),
@@ -126,7 +126,8 @@ def _fsha(found: dict[str, Any]) -> str:
             f"{row['false_alarms']} of {row['honest_trainings']}",
         )
         for profile, row in found["profiles"].items()
-        for told, one in (("as published", row), ("critic told the labels", row["conditional"]))
+        for served in (row, row["turning"])
+        for told, one in (("as published", served), ("critic told the labels", served["conditional"]))
     ]
     header = ("profile", "attacker", "detected", "at batch", "SSIM then", "SSIM at the end, unguarded", "label floor",
               "false alarms")  # fmt: skip
