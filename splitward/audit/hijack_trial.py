@@ -123,7 +123,7 @@ class Course:
     alarm_step : int or None
         Step of the guard's first alarm, from 1.
     separations : list of float
-        What the guard saw, batch by batch: its mean over the last batches.
+        What the guard saw, batch by batch, over the last batches.
     curve : list of dict
         SSIM and MSE of the malicious server's reconstructions of held-out targets; one point is the alarm's.
     """

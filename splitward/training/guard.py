@@ -2,33 +2,30 @@
 
 A label travels with each released tensor in training, so the server can compute the task's gradient, and the
 client knows what that gradient depends on. For a cross entropy it is `J^T (p - e_y)`: frames of one class are
-pulled one way, frames of two classes apart, from the very first batch. A server that trains the client half
-to its own ends (`splitward.audit.hijack`) pulls all frames alike, whatever their labels. The guard watches
-for that: how often two gradients of one class are more alike than two of different classes. This is the
-similarity of the gradient scrutinizer (Fu et al., NDSS 2023), by rank. The rank (our choice; theirs combines
-three measures and a fit) is free of scale and needs no model of either distribution.
+pulled one way, frames of two classes apart, from the very first batch, and the way stays the same for some
+batches, as the server half changes slowly. A server that trains the client half to its own ends
+(`splitward.audit.hijack`) pulls all frames alike, whatever their labels; or, if its critic is told the labels,
+each class its own way, but from batch to batch another one, as a critic follows what it criticises. The guard
+watches for both: how often two gradients of one class are more alike than two of different classes, over all
+pairs of the last batches. This is the similarity of the gradient scrutinizer (Fu et al., NDSS 2023), by rank and
+across batches. The rank (our choice; theirs combines three measures and a fit) is free of scale and needs no model
+of either distribution. Across batches (ours too) is what tells honest gradients whose separation within a batch
+dips, once the task is learned or where sites hold different classes, from those of a critic that is told the labels.
 
 SplitGuard (Erdogan, Kupcu and Cicek 2022) sends batches with wrong labels instead and compares their
 gradients with regular ones. That tells little before the task is half learned, and spends training on wrong
 labels, so the guard does not do it. It is passive: a guarded training ends with the same weights as an
 unguarded one.
 
-Where one network is trained by sites that hold different classes, what an honest server sends them dips for some
-tens of batches, though not in the first (FedSGD on MNIST dealt out by Dirichlet(0.3): to 0.78 over 8 batches). So
-a site whose own labels are uneven expects less after the first batches. It goes by its labels alone: a hijacking
-server would plan the training that is guarded least.
-
-What it cannot see: a server whose gradients depend on the labels as the task's do, be it that it answers with
-the task's own gradient while it is watched, or that its critic is told the labels. The latter evades the
-guard where the client half is undefended, and is caught where it is sealed (`splitward.audit.hijack_trial`),
-except by an uneven site if it has served the task at first.
+What it cannot see: a server whose gradients depend on the labels as the task's do, such as one that answers with
+the task's own gradient while it is watched.
 
 numpy only: a device has no torch.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,20 +42,16 @@ class GuardSettings:
     Attributes
     ----------
     window : int
-        Batches over which the separation is averaged; the first alarm can come after so many.
+        Batches whose pairs are compared; the first alarm can come after so many.
+    frames : int
+        The first so many of each batch count: cost grows with their square.
     threshold : float
         Alarm below this separation. Chosen on trainings with other seeds than those of the published trial.
-    even : float
-        A site whose labels' perplexity is under this share of the number of classes is uneven.
-    early, later : int, float
-        An uneven site's threshold after so many batches.
     """
 
     window: int = 8
-    threshold: float = 0.85
-    even: float = 0.75
-    early: int = 16
-    later: float = 0.75
+    frames: int = 32
+    threshold: float = 0.65
 
 
 class GradientGuard:
@@ -67,41 +60,34 @@ class GradientGuard:
     Parameters
     ----------
     settings : GuardSettings, optional
-    perplexity : float
-        Of the site's labels, by the number of classes (`even_share`).
 
     Attributes
     ----------
     batches : int
-        Batches that could be judged so far.
+        Batches seen so far.
+    separation : float
+        Over the last batches; 1 before there are pairs of both kinds.
     """
 
-    def __init__(self, settings: GuardSettings | None = None, perplexity: float = 1.0) -> None:
+    def __init__(self, settings: GuardSettings | None = None) -> None:
         self.settings = settings or GuardSettings()
-        self._uneven = perplexity < self.settings.even
-        self.batches = 0
-        self._recent: deque[float] = deque(maxlen=self.settings.window)
+        self.batches, self.separation = 0, 1.0
+        self._rows: NDArray[np.float32] = np.empty((0, 0), np.float32)
+        self._labels = self._batch = np.empty(0, np.int64)
 
-    @property
-    def separation(self) -> float:
-        """Mean over the last batches; 1 before there is any."""
-        return float(np.mean(self._recent)) if self._recent else 1.0
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What it goes by, for `resume`."""
+        return {
+            "rows": self._rows,
+            "labels": self._labels,
+            "batch": self._batch,
+            "batches": np.array(self.batches),
+        }
 
-    @property
-    def threshold(self) -> float:
-        """Separation below which it gives the alarm now."""
-        settings = self.settings
-        return settings.later if self._uneven and self.batches > settings.early else settings.threshold
-
-    @property
-    def recent(self) -> list[float]:
-        """What the last batches gave, oldest first."""
-        return list(self._recent)
-
-    def resume(self, recent: list[float], batches: int) -> None:
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on where another guard was."""
-        self._recent.extend(recent)
-        self.batches = batches
+        self._rows, self._labels, self._batch = (state[name] for name in ("rows", "labels", "batch"))
+        self.batches = int(state["batches"])
 
     def observe(self, gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> None:
         """Judge the gradient of one batch, before it is applied.
@@ -118,24 +104,22 @@ class GradientGuard:
         HijackError
             The gradients do not depend on the labels as the task's would.
         """
-        separation = class_separation(gradient, labels)
-        if separation is None:
-            return
+        settings = self.settings
+        rows = gradient[: settings.frames].reshape(min(len(labels), settings.frames), -1)
         self.batches += 1
-        self._recent.append(separation)
-        if len(self._recent) == self.settings.window and self.separation < self.threshold:
+        kept = self._batch > self.batches - settings.window
+        batch = np.full(len(rows), self.batches)
+        self._rows = np.concatenate([self._rows.reshape(-1, rows.shape[1])[kept], rows.astype(np.float32)])
+        self._labels = np.concatenate([self._labels[kept], labels[: settings.frames]])
+        self._batch = np.concatenate([self._batch[kept], batch])
+        separation = class_separation(self._rows, self._labels)
+        self.separation = 1.0 if separation is None else separation
+        if self.batches >= settings.window and self.separation < settings.threshold:
             raise HijackError(
                 f"batch {self.batches}: the server's gradients separate the classes by {self.separation:.2f}, "
-                f"under {self.threshold:.2f}: they do not serve the task. Stop, and trust neither "
+                f"under {settings.threshold:.2f}: they do not serve the task. Stop, and trust neither "
                 "this server nor the client half that it trained."
             )
-
-
-def even_share(labels: NDArray[np.int64], classes: int) -> float:
-    """Perplexity of the labels by the number of classes: 1 where all are as frequent, `1 / classes` for one alone."""
-    shares = np.bincount(labels, minlength=classes) / max(1, len(labels))
-    shares = shares[shares > 0]
-    return float(np.exp(-(shares * np.log(shares)).sum()) / classes)
 
 
 def class_separation(gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float | None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from splitward.data import Split
 from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.method.split import SplitSettings
-from splitward.training.guard import GradientGuard, GuardSettings, even_share
+from splitward.training.guard import GradientGuard, GuardSettings
 from splitward.training.loop import frames_of, reproducible, to_unit
 from splitward.training.remote.envelope import fingerprint, open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
@@ -70,8 +70,6 @@ class Place(msgspec.Struct):
     inside: bool = False
     steps_done: int = 0
     epochs_told: int = 0
-    separations: list[float] = []
-    batches: int = 0
     totals: Totals = msgspec.field(default_factory=Totals)
     metrics: list[dict[str, Any]] = []
     skipped: int = 0
@@ -127,11 +125,9 @@ class Client:
         self.device, self.training = device, training
         self._split, self._validation, self._agreed = train, validation, split
         self._folder, self._peers, self._repeatable, self._every = folder, peers, repeatable, every
-        self._guard = None
-        if guard is not None:
-            self._guard = GradientGuard(guard, even_share(train.labels, split.network.classes))
+        self._guard = None if guard is None else GradientGuard(guard)
         self._key = _own_key(folder)
-        self.place = Place(secrets.randbits(63), keys={}, frames={}, separations=[], metrics=[])
+        self.place = Place(secrets.randbits(63), keys={}, frames={}, metrics=[])
         self.plan: Plan | None = None
         self.trainer: ClientTrainer | None = None
         self.server_half: dict[str, Tensor] | None = None
@@ -446,10 +442,8 @@ class Client:
         try:
             guard.observe(gradient.numpy(), labels.numpy())
         except HijackError as error:
-            self._write_evidence(guard, gradient, labels, str(error))
+            self._write_evidence(guard, str(error))
             raise
-        finally:
-            self.place.separations, self.place.batches = guard.recent, guard.batches
 
     # --- requests and answers -----------------------------------------------------------------------------------
 
@@ -506,6 +500,8 @@ class Client:
             "feedback": self._feedback.left,
             "place": to_tensor(self.place),
         }
+        if self._guard is not None:
+            tensors |= {f"guard/{name}": torch.from_numpy(kept) for name, kept in self._guard.state().items()}
         journal.save(self.place.sequence + 1, tensors)
 
     def _restore(self, journal: Journal) -> None:
@@ -523,8 +519,8 @@ class Client:
         self._active.steps_done = place.steps_done
         self._active.random_state = tensors["random_state"]
         self._feedback.left = tensors["feedback"]
-        if self._guard is not None:
-            self._guard.resume(place.separations, place.batches)
+        if self._guard is not None and "guard/rows" in tensors:
+            self._guard.resume({name: tensors[f"guard/{name}"].numpy() for name in self._guard.state()})
 
     def _check_evidence(self) -> None:
         if self._folder is not None and (self._folder / "evidence.json").exists():
@@ -533,7 +529,7 @@ class Client:
                 "go on. Take part in another training with another folder."
             )
 
-    def _write_evidence(self, guard: GradientGuard, gradient: Tensor, labels: Tensor, what: str) -> None:
+    def _write_evidence(self, guard: GradientGuard, what: str) -> None:
         if self._folder is None:
             return
         evidence = {
@@ -541,12 +537,12 @@ class Client:
             "training": self.training.hex(),
             "plan": self.place.plan,
             "step": self._active.steps_done,
-            "separations": guard.recent,
-            "threshold": guard.threshold,
+            "separation": guard.separation,
+            "threshold": guard.settings.threshold,
             "at_ns": time.time_ns(),
-            "gradient": "evidence.npz: gradient and labels of the last batch",
+            "gradients": "evidence.npz: gradients and labels of the last batches",
         }
-        np.savez(self._folder / "evidence.npz", gradient=gradient.numpy(), labels=labels.numpy())
+        np.savez(self._folder / "evidence.npz", allow_pickle=False, **guard.state())
         partial = self._folder / "evidence.partial"
         partial.write_text(json.dumps(evidence, indent=2) + "\n", encoding="utf-8")
         partial.replace(self._folder / "evidence.json")

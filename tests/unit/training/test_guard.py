@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from splitward.errors import HijackError
-from splitward.training.guard import GradientGuard, GuardSettings, class_separation, even_share
+from splitward.training.guard import GradientGuard, GuardSettings, class_separation
 
 
-def gradients(labels: np.ndarray, own: float, seed: int = 0) -> np.ndarray:
-    """One common direction, `own` of a direction for each class, and noise: [B, 3, 4, 4]."""
+def gradients(labels: np.ndarray, own: float, seed: int = 0, ways: int = 9) -> np.ndarray:
+    """One common direction, `own` of a direction for each class, which `ways` draws, and noise: [B, 3, 4, 4]."""
     generator = np.random.default_rng(seed)
-    common, classes = generator.normal(size=(1, 48)), np.random.default_rng(9).normal(size=(10, 48))
+    common, classes = generator.normal(size=(1, 48)), np.random.default_rng(ways).normal(size=(10, 48))
     made = common + own * classes[labels] + 0.5 * generator.normal(size=(len(labels), 48))
     return made.reshape(-1, 3, 4, 4).astype(np.float32)
 
@@ -44,7 +44,6 @@ def test_a_batch_without_both_kinds_of_pairs_tells_nothing(labels):
     assert class_separation(np.ones((len(labels), 2)), np.array(labels)) is None
     guard = GradientGuard(GuardSettings(window=1))
     guard.observe(np.ones((len(labels), 2)), np.array(labels))
-    assert guard.batches == 0
     assert guard.separation == 1.0
 
 
@@ -82,34 +81,48 @@ def test_a_server_that_turns_later_is_caught_too():
     assert 20 < guard.batches <= 20 + guard.settings.window
 
 
-DIP = 0.25
-"""Of a class's direction: the classes are separated by 0.79 in the mean, as uneven sites see it for some time."""
+def test_a_dip_within_batches_gives_no_alarm_where_each_class_goes_on_one_way():
+    """As where the task is learned, or sites hold different classes: what is left of a class's direction is weak."""
+    guard = GradientGuard()
+    feed(guard, 60, turns_at=16, own=0.4)
+    assert guard.settings.threshold < guard.separation < 0.85
 
 
-def test_an_uneven_site_lives_with_a_dip_after_the_first_batches():
-    guard = GradientGuard(perplexity=0.5)
-    feed(guard, 60, turns_at=guard.settings.early, own=DIP)
-    assert guard.settings.later < guard.separation < guard.settings.threshold
+def test_a_server_that_pulls_each_class_another_way_in_each_batch_is_caught():
+    """As a critic that is told the labels: within any batch the classes stand well apart."""
+    guard, within = GradientGuard(), []
+
+    def hijack() -> None:
+        for seed in range(guard.settings.window):
+            labels = labels_for(seed=seed)
+            made = gradients(labels, 1.0, seed, ways=100 + seed)
+            within.append(class_separation(made, labels) or 0.0)
+            guard.observe(made, labels)
+
+    with pytest.raises(HijackError, match="batch 8"):
+        hijack()
+    assert min(within) > 0.85
 
 
-@pytest.mark.parametrize(("perplexity", "turns_at"), [(0.5, 0), (1.0, 0), (1.0, 30)])
-def test_a_dip_gives_the_alarm_in_the_first_batches_and_where_labels_are_even(perplexity, turns_at):
-    with pytest.raises(HijackError, match=r"under 0\.85"):
-        feed(GradientGuard(perplexity=perplexity), 60, turns_at, own=DIP)
+def test_the_last_batches_alone_count_and_the_first_frames_of_each():
+    guard = GradientGuard(GuardSettings(window=2, frames=5))
+    feed(guard, 3, turns_at=3)
+    state = guard.state()
+    assert state["rows"].shape == (10, 48)
+    assert state["batch"].tolist() == [2] * 5 + [3] * 5
+    assert state["labels"].tolist() == [*labels_for(seed=1)[:5], *labels_for(seed=2)[:5]]
+    assert guard.separation == class_separation(state["rows"], state["labels"])
 
 
-def test_an_uneven_site_catches_a_server_that_turns_later():
-    guard = GradientGuard(perplexity=0.5)
-    with pytest.raises(HijackError, match=r"under 0\.75"):
-        feed(guard, 60, turns_at=30)
-    assert 30 < guard.batches <= 30 + guard.settings.window
-
-
-@pytest.mark.parametrize(
-    ("counts", "share"), [([5, 5, 5, 5], 1.0), ([7, 0, 0, 0], 0.25), ([4, 4, 0, 0], 0.5), ([0, 0, 0, 0], 0.25)]
-)
-def test_the_share_of_even_labels(counts, share):
-    assert even_share(np.repeat(np.arange(4), counts), 4) == pytest.approx(share)
+def test_a_guard_goes_on_where_another_was():
+    first, second = GradientGuard(), GradientGuard()
+    feed(first, 12, turns_at=8, own=0.5)
+    second.resume(first.state())
+    labels = labels_for(seed=40)
+    for guard in (first, second):
+        guard.observe(gradients(labels, 1.0, 40), labels)
+    assert first.batches == second.batches == 13
+    assert first.separation == second.separation
 
 
 def test_the_guard_loads_without_torch():
