@@ -34,6 +34,7 @@ MARGIN = 0.05
 HONEST_SEEDS = tuple(range(20))
 HIJACK_SEEDS = (0, 1, 2)
 TURNS_AT = 40
+STEADY = 8
 TUNING_SEEDS = (100, 101, 102)
 """Seeds on which the guard's window and threshold were chosen; none of them is reported."""
 
@@ -222,7 +223,8 @@ def run_trial(
     """Honest and hijacked trainings of one profile under the guard, as plain values for JSON.
 
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
-    under `conditional`, and those of both when they serve the task for `turns_at` batches first under `turning`.
+    under `conditional`, of the one whose told critic moves at every eighth batch alone under `steady`, and those of all
+    three when they serve the task for `turns_at` batches first under `turning`.
 
     Parameters
     ----------
@@ -237,11 +239,12 @@ def run_trial(
         return simulate(dataset, settings, steps, hijack=server, turns_at=turns_at)
 
     def hijacked(turns_at: int) -> dict[str, Any]:
-        blind, told = (
-            [run(seed, hijack_steps, replace(attack, conditional=told), turns_at) for seed in hijack_seeds]
-            for told in (False, True)
+        told = replace(attack, conditional=True)
+        blind, conditional, steady = (
+            _summarise([run(seed, hijack_steps, server, turns_at) for seed in hijack_seeds], floor)
+            for server in (attack, told, replace(told, critic_every=STEADY))
         )
-        return {**_summarise(blind, floor), "conditional": _summarise(told, floor)}
+        return {**blind, "conditional": conditional, "steady": steady}
 
     honest = [run(seed, honest_steps) for seed in honest_seeds]
     lowest = min(min(course.separations[GuardSettings().window - 1 :]) for course in honest)

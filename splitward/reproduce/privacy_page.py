@@ -119,7 +119,7 @@ def _fsha(found: dict[str, Any]) -> str:
             profile,
             f"{told}, turns after {served['turns_at']}" if "turns_at" in served else told,
             "yes" if one["detected"] else "no",
-            ", ".join(str(step) for step in one["step_at_detection"]),
+            ", ".join(str(step or "-") for step in one["step_at_detection"]),
             _spread(one["ssim_at_detection"], 0.0, 3),
             f"{one['ssim_final_without_guard']:.3f}",
             f"{row['floor_ssim']:.3f}",
@@ -127,7 +127,11 @@ def _fsha(found: dict[str, Any]) -> str:
         )
         for profile, row in found["profiles"].items()
         for served in (row, row["turning"])
-        for told, one in (("as published", served), ("critic told the labels", served["conditional"]))
+        for told, one in (
+            ("as published", served),
+            ("critic told the labels", served["conditional"]),
+            ("told, and moves at every eighth batch", served["steady"]),
+        )
     ]
     header = ("profile", "attacker", "detected", "at batch", "SSIM then", "SSIM at the end, unguarded", "label floor",
               "false alarms")  # fmt: skip

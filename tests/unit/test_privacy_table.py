@@ -41,7 +41,13 @@ FSHA = {
         "sealed": {
             **told(True, [8, 9], 0.2),
             "conditional": told(False, [40, None], None),
-            "turning": {"turns_at": 40, **told(True, [48], 0.1), "conditional": told(True, [50], 0.11)},
+            "steady": told(False, [None], None),
+            "turning": {
+                "turns_at": 40,
+                **told(True, [48], 0.1),
+                "conditional": told(True, [50], 0.11),
+                "steady": told(True, [51], 0.12),
+            },
             "floor_ssim": 0.318,
             "false_alarms": 0,
             "honest_trainings": 20,
@@ -142,7 +148,7 @@ def test_the_page_shows_the_tables_figures(grid, monkeypatch):
     assert f"| {row['worst_ssim']:.3f} | cheat |" in page
     assert "Not complete: label, none, sealed" in page
     assert "it is broken by cheat" in page
-    assert "| sealed | critic told the labels | no | 40, None |  | 0.500 | 0.318 | 0 of 20 |" in page
+    assert "| sealed | critic told the labels | no | 40, - |  | 0.500 | 0.318 | 0 of 20 |" in page
     turned = "critic told the labels, turns after 40"
     assert f"| sealed | {turned} | yes | 50 | 0.110 | 0.500 | 0.318 | 0 of 20 |" in page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_the_critic_of_the_published_attack_does_not_see_the_labels(dataset):
             server = HijackingServer(split, shadow, shadow_labels, QUICK)
             answers.append(server.answer(torch.rand(8, 16), labels))
     assert torch.equal(*answers)
+
+
+def test_a_steady_critic_stands_still_between_its_steps(dataset):
+    split = split_settings(dataset, "sealed")
+    shadow, shadow_labels = to_unit(frames_of(dataset.validation)), torch.from_numpy(dataset.validation.labels)
+    with reproducible(0):
+        server = HijackingServer(split, shadow, shadow_labels, replace(QUICK, conditional=True, critic_every=3))
+        seen = []
+        for _ in range(7):
+            server.answer(torch.rand(8, 16), torch.arange(8) % 2)
+            seen.append(torch.cat([tensor.flatten().clone() for tensor in server.critic.state_dict().values()]))
+    assert [torch.equal(a, b) for a, b in pairwise(seen)] == [True, True, False, True, True, False]
 
 
 def test_one_seed_gives_the_same_course(dataset):
