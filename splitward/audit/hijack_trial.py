@@ -247,7 +247,7 @@ def run_trial(
         return {**blind, "conditional": conditional, "steady": steady}
 
     honest = [run(seed, honest_steps) for seed in honest_seeds]
-    lowest = min(min(course.separations[GuardSettings().window - 1 :]) for course in honest)
+    lowest = min(min(course.separations[GuardSettings().first - 1 :]) for course in honest)
     return {
         "profile": profile,
         **hijacked(0),

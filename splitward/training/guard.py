@@ -2,15 +2,15 @@
 
 A label travels with each released tensor in training, so the server can compute the task's gradient, and the
 client knows what that gradient depends on. For a cross entropy it is `J^T (p - e_y)`: frames of one class are
-pulled one way, frames of two classes apart, from the very first batch, and the way stays the same for some
-batches, as the server half changes slowly. A server that trains the client half to its own ends
-(`splitward.audit.hijack`) pulls all frames alike, whatever their labels; or, if its critic is told the labels,
-each class its own way, but from batch to batch another one, as a critic follows what it criticises. The guard
-watches for both: how often two gradients of one class are more alike than two of different classes, over all
-pairs of the last batches. This is the similarity of the gradient scrutinizer (Fu et al., NDSS 2023), by rank and
-across batches. The rank (our choice; theirs combines three measures and a fit) is free of scale and needs no model
-of either distribution. Across batches (ours too) is what tells honest gradients whose separation within a batch
-dips, once the task is learned or where sites hold different classes, from those of a critic that is told the labels.
+pulled one way, those of another class another way, from the very first batch, and the next batches go on so, as the
+server half changes slowly. A server that trains the client half to its own ends (`splitward.audit.hijack`)
+pulls all frames alike, whatever their labels; or, if its critic is told the labels, each class its own way, but
+in the next batch a different one, as a critic follows what it criticises. So the guard takes the mean direction in
+which each class of a batch is pulled, and watches how often those of one class are more alike, from batch to
+batch, than those of two. The gradient scrutinizer (Fu et al., NDSS 2023) compares frames of one batch, by three
+measures and a fit; there, honest gradients look like those of a critic that is told the labels once the task is
+learned, or where sites hold different classes, and in the mean over a class and across batches they do not. The rank
+(ours, as are both of these) is free of scale and needs no model of either distribution.
 
 SplitGuard (Erdogan, Kupcu and Cicek 2022) sends batches with wrong labels instead and compares their
 gradients with regular ones. That tells little before the task is half learned, and spends training on wrong
@@ -42,16 +42,19 @@ class GuardSettings:
     Attributes
     ----------
     window : int
-        Batches whose pairs are compared; the first alarm can come after so many.
-    frames : int
-        The first so many of each batch count: cost grows with their square.
+        Batches that are compared.
+    reach : int
+        Each batch with so many before it: honest gradients turn in time, for example when client halves are averaged.
+    first : int
+        Batch with which the first alarm can come.
     threshold : float
         Alarm below this separation. Chosen on trainings with other seeds than those of the published trial.
     """
 
-    window: int = 8
-    frames: int = 32
-    threshold: float = 0.65
+    window: int = 16
+    reach: int = 3
+    first: int = 8
+    threshold: float = 0.9
 
 
 class GradientGuard:
@@ -72,21 +75,21 @@ class GradientGuard:
     def __init__(self, settings: GuardSettings | None = None) -> None:
         self.settings = settings or GuardSettings()
         self.batches, self.separation = 0, 1.0
-        self._rows: NDArray[np.float32] = np.empty((0, 0), np.float32)
-        self._labels = self._batch = np.empty(0, np.int64)
+        self._means = np.empty((0, 0), np.float32)
+        self._classes = self._batch = np.empty(0, np.int64)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """What it goes by, for `resume`."""
+        """What it goes by, for `resume`: mean directions, float32 [N, D], of which class and batch."""
         return {
-            "rows": self._rows,
-            "labels": self._labels,
+            "means": self._means,
+            "classes": self._classes,
             "batch": self._batch,
             "batches": np.array(self.batches),
         }
 
     def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on where another guard was."""
-        self._rows, self._labels, self._batch = (state[name] for name in ("rows", "labels", "batch"))
+        self._means, self._classes, self._batch = (state[name] for name in ("means", "classes", "batch"))
         self.batches = int(state["batches"])
 
     def observe(self, gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> None:
@@ -105,16 +108,15 @@ class GradientGuard:
             The gradients do not depend on the labels as the task's would.
         """
         settings = self.settings
-        rows = gradient[: settings.frames].reshape(min(len(labels), settings.frames), -1)
+        means, classes = class_directions(gradient, labels)
         self.batches += 1
         kept = self._batch > self.batches - settings.window
-        batch = np.full(len(rows), self.batches)
-        self._rows = np.concatenate([self._rows.reshape(-1, rows.shape[1])[kept], rows.astype(np.float32)])
-        self._labels = np.concatenate([self._labels[kept], labels[: settings.frames]])
-        self._batch = np.concatenate([self._batch[kept], batch])
-        separation = class_separation(self._rows, self._labels)
+        self._means = np.concatenate([self._means.reshape(-1, means.shape[1])[kept], means])
+        self._classes = np.concatenate([self._classes[kept], classes])
+        self._batch = np.concatenate([self._batch[kept], np.full(len(classes), self.batches)])
+        separation = class_separation(self._means, self._classes, self._batch, settings.reach)
         self.separation = 1.0 if separation is None else separation
-        if self.batches >= settings.window and self.separation < settings.threshold:
+        if self.batches >= settings.first and self.separation < settings.threshold:
             raise HijackError(
                 f"batch {self.batches}: the server's gradients separate the classes by {self.separation:.2f}, "
                 f"under {settings.threshold:.2f}: they do not serve the task. Stop, and trust neither "
@@ -122,18 +124,33 @@ class GradientGuard:
             )
 
 
-def class_separation(gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float | None:
-    """How often two gradients of one class are more alike than two of different classes.
+def class_directions(
+    gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Mean direction of each class's gradients in one batch, [K, D], of length 1, and the classes [K].
+
+    Each frame counts alike, whatever its gradient's length. A class whose gradients have vanished has none.
+    """
+    rows, _ = _directions(gradient.reshape(len(labels), -1).astype(np.float64))
+    classes = np.unique(labels)
+    means, lengths = _directions(np.stack([rows[labels == label].mean(0) for label in classes]))
+    return means[lengths > 0].astype(np.float32), classes[lengths > 0]
+
+
+def class_separation(
+    means: NDArray[np.float32], classes: NDArray[np.int64], batch: NDArray[np.int64], reach: int
+) -> float | None:
+    """How often two directions of one class, from different batches, are more alike than two of different classes.
 
     The area under the ROC curve of the pairs' cosine similarity: 1 where every pair of one class is more
-    alike than every other pair, 0.5 where the class tells nothing (rank statistic of Mann and Whitney). None
-    for a batch without pairs of both kinds.
+    alike than every other pair, 0.5 where the class tells nothing (rank statistic of Mann and Whitney). Pairs are of
+    batches that are at most `reach` apart. None without pairs of both kinds.
     """
-    rows = gradient.reshape(len(labels), -1).astype(np.float64)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    first, second = np.triu_indices(len(labels), 1)
-    alike = np.round((rows @ rows.T)[first, second], 9)  # so that equal rows tie
-    same = labels[first] == labels[second]
+    first, second = np.triu_indices(len(classes), 1)
+    apart = batch[second] - batch[first]
+    first, second = (side[(apart > 0) & (apart <= reach)] for side in (first, second))
+    alike = np.round((means @ means.T)[first, second].astype(np.float64), 6)  # so that equal ones tie
+    same = classes[first] == classes[second]
     pairs = int(same.sum())
     if pairs in (0, len(same)):
         return None
@@ -141,3 +158,9 @@ def class_separation(gradient: NDArray[np.floating[Any]], labels: NDArray[np.int
     ranks = np.cumsum(counts) - (counts - 1) / 2  # ties share their mean rank
     above = ranks[position][same].sum() - pairs * (pairs + 1) / 2
     return float(above / (pairs * (len(same) - pairs)))
+
+
+def _directions(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rows [N, D] of length 1, and the lengths [N] that they had."""
+    lengths = np.linalg.norm(rows, axis=1)
+    return rows / np.maximum(lengths, np.finfo(np.float64).tiny)[:, None], lengths

@@ -442,7 +442,7 @@ class Client:
         try:
             guard.observe(gradient.numpy(), labels.numpy())
         except HijackError as error:
-            self._write_evidence(guard, str(error))
+            self._write_evidence(guard, gradient, labels, str(error))
             raise
 
     # --- requests and answers -----------------------------------------------------------------------------------
@@ -519,7 +519,7 @@ class Client:
         self._active.steps_done = place.steps_done
         self._active.random_state = tensors["random_state"]
         self._feedback.left = tensors["feedback"]
-        if self._guard is not None and "guard/rows" in tensors:
+        if self._guard is not None and "guard/means" in tensors:
             self._guard.resume({name: tensors[f"guard/{name}"].numpy() for name in self._guard.state()})
 
     def _check_evidence(self) -> None:
@@ -529,7 +529,7 @@ class Client:
                 "go on. Take part in another training with another folder."
             )
 
-    def _write_evidence(self, guard: GradientGuard, what: str) -> None:
+    def _write_evidence(self, guard: GradientGuard, gradient: Tensor, labels: Tensor, what: str) -> None:
         if self._folder is None:
             return
         evidence = {
@@ -540,9 +540,10 @@ class Client:
             "separation": guard.separation,
             "threshold": guard.settings.threshold,
             "at_ns": time.time_ns(),
-            "gradients": "evidence.npz: gradients and labels of the last batches",
+            "gradients": "evidence.npz: of the last batch, with labels; and each class's mean directions",
         }
-        np.savez(self._folder / "evidence.npz", allow_pickle=False, **guard.state())
+        last = {"gradient": gradient.numpy(), "labels": labels.numpy()}
+        np.savez(self._folder / "evidence.npz", allow_pickle=False, **last, **guard.state())
         partial = self._folder / "evidence.partial"
         partial.write_text(json.dumps(evidence, indent=2) + "\n", encoding="utf-8")
         partial.replace(self._folder / "evidence.json")

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 from splitward.errors import HijackError
-from splitward.training.guard import GradientGuard, GuardSettings, class_separation
+from splitward.training.guard import GradientGuard, GuardSettings, class_directions, class_separation
 
 
-def gradients(labels: np.ndarray, own: float, seed: int = 0, ways: int = 9) -> np.ndarray:
-    """One common direction, `own` of a direction for each class, which `ways` draws, and noise: [B, 3, 4, 4]."""
+def gradients(
+    labels: np.ndarray, own: float, seed: int = 0, ways: int = 9, noise: float = 0.5, draw: int | None = None
+) -> np.ndarray:
+    """One common direction, by `seed`, `own` of a direction for each class, by `ways`, and noise: [B, 3, 4, 4]."""
     generator = np.random.default_rng(seed)
     common, classes = generator.normal(size=(1, 48)), np.random.default_rng(ways).normal(size=(10, 48))
-    made = common + own * classes[labels] + 0.5 * generator.normal(size=(len(labels), 48))
+    if draw is not None:
+        generator = np.random.default_rng(draw)
+    made = common + own * classes[labels] + noise * generator.normal(size=(len(labels), 48))
     return made.reshape(-1, 3, 4, 4).astype(np.float32)
 
 
@@ -31,33 +35,60 @@ def feed(guard: GradientGuard, batches: int, turns_at: int, own: float = 0.0) ->
         guard.observe(gradients(labels, 2.0 if seed < turns_at else own, seed), labels)
 
 
+def separation_of(batches: list[tuple[np.ndarray, np.ndarray]], reach: int = 3) -> float | None:
+    made = [class_directions(rows, labels) for rows, labels in batches]
+    batch = np.concatenate([np.full(len(classes), number) for number, (_, classes) in enumerate(made)])
+    means, classes = (np.concatenate(part) for part in zip(*made, strict=True))
+    return class_separation(means, classes, batch, reach)
+
+
+def test_directions_by_hand():
+    """Frames count alike whatever their length; a class without a direction is left out."""
+    rows = np.array([[3.0, 0.0], [0.0, 0.5], [0.0, -2.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    means, classes = class_directions(rows, np.array([4, 4, 1, 2, 3, 3]))
+    assert classes.tolist() == [1, 4]
+    np.testing.assert_allclose(means, [[0, -1], [0.5**0.5, 0.5**0.5]], atol=1e-7)
+
+
 def test_separation_by_hand():
-    """Cosines 1 (same label), 0 and 0 (different): every same pair is above every other; and the reverse."""
-    rows = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
-    assert class_separation(rows, np.array([0, 0, 1])) == 1.0
-    # Same pairs: (0, 2) with cosine 0; others: cosines 1 and 0, so one loss and one tie.
-    assert class_separation(rows, np.array([0, 1, 0])) == 0.25
+    right, up = [1.0, 0.0], [0.0, 1.0]
+    zero, one = np.array([0, 1]), np.array([1, 0])
+    # One class's cosine is 1 from batch to batch, two classes' 0: each pair of one class is above; and the reverse.
+    assert separation_of([(np.array([right, up]), zero), (np.array([right, up]), zero)]) == 1.0
+    assert separation_of([(np.array([right, up]), zero), (np.array([right, up]), one)]) == 0.0
+    # Same pairs 1 and 0; others 0 and 1: a win, a loss and two ties.
+    assert separation_of([(np.array([right, up]), zero), (np.array([right, right]), zero)]) == 0.5
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [4]])
-def test_a_batch_without_both_kinds_of_pairs_tells_nothing(labels):
-    assert class_separation(np.ones((len(labels), 2)), np.array(labels)) is None
-    guard = GradientGuard(GuardSettings(window=1))
-    guard.observe(np.ones((len(labels), 2)), np.array(labels))
+def test_batches_beyond_reach_and_pairs_within_a_batch_do_not_count():
+    right, up = [1.0, 0.0], [0.0, 1.0]
+    labels = np.array([0, 1])
+    assert separation_of([(np.array([right, up]), labels)]) is None
+    turned = [(np.array([right, up]), labels), (np.array([right, up]), labels), (np.array([up, right]), labels)]
+    assert separation_of(turned, reach=1) == 0.5
+    assert separation_of(turned, reach=2) == pytest.approx(3 / 9)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [4]])
+def test_batches_of_one_class_tell_nothing(labels):
+    guard = GradientGuard(GuardSettings(first=1))
+    for seed in range(3):
+        guard.observe(gradients(np.array(labels), 0.0, seed), np.array(labels))
     assert guard.separation == 1.0
 
 
-def test_equal_or_vanished_gradients_separate_nothing():
+def test_equal_gradients_separate_nothing_and_vanished_ones_move_nothing():
     labels = labels_for()
-    assert class_separation(np.ones((40, 6)), labels) == 0.5
-    assert class_separation(np.zeros((40, 6)), labels) == 0.5
+    assert separation_of([(np.ones((40, 6)), labels)] * 2) == 0.5
+    assert separation_of([(np.zeros((40, 6)), labels)] * 2) is None
 
 
 def test_scale_does_not_matter():
     labels = labels_for()
     made = gradients(labels, 1.0)
     scales = np.random.default_rng(3).uniform(1e-6, 1e3, size=(40, 1, 1, 1))
-    assert class_separation(made * scales, labels) == pytest.approx(class_separation(made, labels), abs=1e-6)
+    for one, other in zip(class_directions(made * scales, labels), class_directions(made, labels), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_gradients_of_the_task_give_no_alarm():
@@ -67,11 +98,11 @@ def test_gradients_of_the_task_give_no_alarm():
     assert guard.separation > 0.95
 
 
-def test_gradients_blind_to_the_labels_give_the_alarm_when_the_window_is_full():
+def test_gradients_blind_to_the_labels_give_the_alarm_with_the_eighth_batch():
     guard = GradientGuard()
     with pytest.raises(HijackError, match=r"batch 8: .* do not serve the task"):
         feed(guard, 30, turns_at=0)
-    assert guard.batches == guard.settings.window
+    assert guard.batches == guard.settings.first
 
 
 def test_a_server_that_turns_later_is_caught_too():
@@ -81,37 +112,53 @@ def test_a_server_that_turns_later_is_caught_too():
     assert 20 < guard.batches <= 20 + guard.settings.window
 
 
-def test_a_dip_within_batches_gives_no_alarm_where_each_class_goes_on_one_way():
-    """As where the task is learned, or sites hold different classes: what is left of a class's direction is weak."""
+def test_no_alarm_where_each_frame_goes_its_own_way_and_each_class_one_way_in_the_mean():
+    """As where a task is learned: within a batch, frames of one class are hardly more alike than others."""
+    guard, within = GradientGuard(), []
+    for seed in range(40):
+        labels = labels_for(64, classes=2, seed=seed)
+        made = gradients(labels, 1.0, 9, noise=4.0, draw=seed)
+        rows = made.reshape(64, -1) / np.linalg.norm(made.reshape(64, -1), axis=1, keepdims=True)
+        pairs = np.triu_indices(64, 1)
+        alike, same = (rows @ rows.T)[pairs], (labels[:, None] == labels)[pairs]
+        within.append(np.mean(alike[same][:, None] > alike[~same]))
+        guard.observe(made, labels)
+    assert np.mean(within) < 0.75
+    assert guard.separation > 0.98
+
+
+def test_no_alarm_where_what_serves_the_task_turns_in_time():
+    """Half a turn in twenty batches: at its end each class is pulled where the other was."""
     guard = GradientGuard()
-    feed(guard, 60, turns_at=16, own=0.4)
-    assert guard.settings.threshold < guard.separation < 0.85
+    for seed in range(40):
+        labels = labels_for(classes=2, seed=seed)
+        angle = np.pi * seed / 20 + np.pi * labels
+        plane = np.stack([np.cos(angle), np.sin(angle)], 1) @ np.random.default_rng(9).normal(size=(2, 48))
+        guard.observe(plane + np.random.default_rng(seed).normal(size=plane.shape), labels)
+    assert guard.separation > 0.98
 
 
 def test_a_server_that_pulls_each_class_another_way_in_each_batch_is_caught():
     """As a critic that is told the labels: within any batch the classes stand well apart."""
-    guard, within = GradientGuard(), []
+    guard = GradientGuard()
 
     def hijack() -> None:
-        for seed in range(guard.settings.window):
+        for seed in range(30):
             labels = labels_for(seed=seed)
-            made = gradients(labels, 1.0, seed, ways=100 + seed)
-            within.append(class_separation(made, labels) or 0.0)
-            guard.observe(made, labels)
+            guard.observe(gradients(labels, 3.0, seed, ways=100 + seed), labels)
 
     with pytest.raises(HijackError, match="batch 8"):
         hijack()
-    assert min(within) > 0.85
 
 
-def test_the_last_batches_alone_count_and_the_first_frames_of_each():
-    guard = GradientGuard(GuardSettings(window=2, frames=5))
+def test_the_last_batches_alone_count():
+    guard = GradientGuard(GuardSettings(window=2))
     feed(guard, 3, turns_at=3)
     state = guard.state()
-    assert state["rows"].shape == (10, 48)
-    assert state["batch"].tolist() == [2] * 5 + [3] * 5
-    assert state["labels"].tolist() == [*labels_for(seed=1)[:5], *labels_for(seed=2)[:5]]
-    assert guard.separation == class_separation(state["rows"], state["labels"])
+    last = [np.unique(labels_for(seed=seed)) for seed in (1, 2)]
+    assert state["classes"].tolist() == np.concatenate(last).tolist()
+    assert state["batch"].tolist() == [2] * len(last[0]) + [3] * len(last[1])
+    assert guard.separation == class_separation(state["means"], state["classes"], state["batch"], 3)
 
 
 def test_a_guard_goes_on_where_another_was():

@@ -338,13 +338,12 @@ def test_the_guard_watches_rounded_gradients_and_still_knows_a_hijacking(dataset
     assert client._guard is not None
     assert client._guard.batches > 20
     assert client._guard.separation > 0.9
-    blind = torch.randn(16, *settings.split.network.release_shape, generator=torch.Generator().manual_seed(5))
-    labels = torch.arange(16) % 2
-    told = store_rows(blind, precision).real()
+    generator, labels = torch.Generator().manual_seed(5), torch.arange(16) % 2
 
     def hijack() -> None:
         for _ in range(client._guard.settings.window):
-            client._watch(told, labels)
+            blind = torch.randn(16, *settings.split.network.release_shape, generator=generator)
+            client._watch(store_rows(blind, precision).real(), labels)
 
     with pytest.raises(HijackError):
         hijack()
