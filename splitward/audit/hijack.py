@@ -47,10 +47,7 @@ class HijackSettings:
     pilot_steps : int
         Steps of pilot and decoder before the client's training begins.
     critic_steps : int
-        Steps of the critic at a time.
-    critic_every : int
-        Batches of the client from one time to the next. A critic that stands still for a while pulls steadily, as an
-        honest server does: made against the guard.
+        Steps of the critic for each batch of the client.
     batch : int
         Shadow frames a step.
     learning_rate : float
@@ -66,7 +63,6 @@ class HijackSettings:
 
     pilot_steps: int = 200
     critic_steps: int = 2
-    critic_every: int = 1
     batch: int = 64
     learning_rate: float = 1e-3
     penalty: float = 10.0
@@ -90,7 +86,6 @@ class HijackingServer:
         self, split: SplitSettings, shadow: Tensor, shadow_labels: Tensor, settings: HijackSettings
     ) -> None:
         self.shadow, self.shadow_labels, self.settings = shadow, shadow_labels, settings
-        self._answered = 0
         unmapped = replace(
             split, network=replace(split.network, mapped=False), defence=replace(split.defence, map=None)
         )
@@ -109,10 +104,8 @@ class HijackingServer:
     def answer(self, released: Tensor, labels: Tensor) -> Tensor:
         """Gradient that moves the client's released tensors to where the critic sees the pilot's."""
         self._train_pilot()
-        if self._answered % self.settings.critic_every == 0:
-            for _ in range(self.settings.critic_steps):
-                self._train_critic(released.detach(), labels)
-        self._answered += 1
+        for _ in range(self.settings.critic_steps):
+            self._train_critic(released.detach(), labels)
         at_cut = released.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(-self.critic(at_cut, self._seen(labels)).mean(), at_cut)
         return self.settings.gain * gradient

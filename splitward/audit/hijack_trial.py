@@ -34,7 +34,6 @@ MARGIN = 0.05
 HONEST_SEEDS = tuple(range(20))
 HIJACK_SEEDS = (0, 1, 2)
 TURNS_AT = 40
-STEADY = 8
 TUNING_SEEDS = (100, 101, 102)
 """Seeds on which the guard's window and threshold were chosen; none of them is reported."""
 
@@ -89,6 +88,22 @@ class TurningServer:
         return self._hijacking.reconstruct(released)
 
 
+class BlendingServer:
+    """Serves the task and hijacks at once, the one gradient as long as the other: made against the guard."""
+
+    def __init__(self, honest: HonestServer, hijacking: HijackingServer) -> None:
+        self._honest, self._hijacking = honest, hijacking
+
+    def answer(self, released: Tensor, labels: Tensor) -> Tensor:
+        """Sum of both gradients at the cut."""
+        served, pulled = self._honest.answer(released, labels), self._hijacking.answer(released, labels)
+        return served * (_length(pulled) / _length(served)) + pulled
+
+    def reconstruct(self, released: Tensor) -> Tensor:
+        """Frames [B, C, H, W], as the hijacking server makes them."""
+        return self._hijacking.reconstruct(released)
+
+
 class TrainingClient:
     """Trains the client half by what the server answers, and by its own terms of the loss."""
 
@@ -113,6 +128,9 @@ class TrainingClient:
         # The sum's gradient by the released tensor is what the server answered.
         self._optimiser.step(own + (released * gradient).sum())
         return alarm
+
+
+Hijacker = HijackingServer | TurningServer | BlendingServer
 
 
 @dataclass
@@ -145,6 +163,7 @@ def simulate(
     *,
     hijack: HijackSettings | None = None,
     turns_at: int = 0,
+    blended: bool = False,
     guard: GuardSettings | None = None,
     every: int = 20,
 ) -> Course:
@@ -160,13 +179,15 @@ def simulate(
         Network, batch, rate and seed of the client; `epochs` counts for nothing.
     turns_at : int
         Batches for which the hijacking server serves the task first.
+    blended : bool
+        Whether the hijacking server goes on serving the task meanwhile.
     every : int
         Steps between two points of the curve.
     """
     with reproducible(settings.seed):
         network = SplitNetwork(settings.split).train()
         client = TrainingClient(network, settings, steps)
-        server = _server(network, dataset, settings, steps, hijack, turns_at)
+        server = _server(network, dataset, settings, steps, hijack, turns_at, blended)
         watch, course = GradientGuard(guard), Course()
         images, labels = frames_of(dataset.train), torch.from_numpy(dataset.train.labels)
         order = torch.randperm(len(labels))
@@ -189,18 +210,19 @@ def _server(
     steps: int,
     hijack: HijackSettings | None,
     turns_at: int,
-) -> HonestServer | HijackingServer | TurningServer:
+    blended: bool,
+) -> HonestServer | Hijacker:
     if hijack is None:
         return HonestServer(network, settings, steps)
     shadow = to_unit(frames_of(dataset.validation))
     server = HijackingServer(settings.split, shadow, torch.from_numpy(dataset.validation.labels), hijack)
+    if blended:
+        return BlendingServer(HonestServer(network, settings, steps), server)
     return TurningServer(HonestServer(network, settings, steps), server, turns_at) if turns_at else server
 
 
 @torch.no_grad()
-def _measure(
-    server: HijackingServer | TurningServer, network: SplitNetwork, dataset: Dataset
-) -> dict[str, float]:
+def _measure(server: Hijacker, network: SplitNetwork, dataset: Dataset) -> dict[str, float]:
     targets = to_unit(frames_of(dataset.test)[:TARGETS])
     generator = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(len(targets), *network.settings.network.release_shape, generator=generator)
@@ -223,8 +245,8 @@ def run_trial(
     """Honest and hijacked trainings of one profile under the guard, as plain values for JSON.
 
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
-    under `conditional`, of the one whose told critic moves at every eighth batch alone under `steady`, and those of all
-    three when they serve the task for `turns_at` batches first under `turning`.
+    under `conditional`, those of both when they serve the task for `turns_at` batches first under `turning`, and those
+    of the one that is told the labels and serves the task all the while under `blended`.
 
     Parameters
     ----------
@@ -234,24 +256,24 @@ def run_trial(
     split = split_settings(dataset, profile)
     attack, floor = hijack or HijackSettings(), class_mean_ssim(dataset)
 
-    def run(seed: int, steps: int, server: HijackSettings | None = None, turns_at: int = 0) -> Course:
+    def run(seed: int, steps: int, server: HijackSettings | None = None, **how: Any) -> Course:
         settings = RunSettings(data, dataset.task, None, split, epochs=1, batch=BATCH, seed=seed)
-        return simulate(dataset, settings, steps, hijack=server, turns_at=turns_at)
+        return simulate(dataset, settings, steps, hijack=server, **how)
 
-    def hijacked(turns_at: int) -> dict[str, Any]:
-        told = replace(attack, conditional=True)
-        blind, conditional, steady = (
-            _summarise([run(seed, hijack_steps, server, turns_at) for seed in hijack_seeds], floor)
-            for server in (attack, told, replace(told, critic_every=STEADY))
-        )
-        return {**blind, "conditional": conditional, "steady": steady}
+    def hijacked(told: bool, **how: Any) -> dict[str, Any]:
+        server = replace(attack, conditional=told)
+        return _summarise([run(seed, hijack_steps, server, **how) for seed in hijack_seeds], floor)
+
+    def both(turns_at: int) -> dict[str, Any]:
+        return {**hijacked(False, turns_at=turns_at), "conditional": hijacked(True, turns_at=turns_at)}
 
     honest = [run(seed, honest_steps) for seed in honest_seeds]
     lowest = min(min(course.separations[GuardSettings().first - 1 :]) for course in honest)
     return {
         "profile": profile,
-        **hijacked(0),
-        "turning": {"turns_at": turns_at, **hijacked(turns_at)},
+        **both(0),
+        "turning": {"turns_at": turns_at, **both(turns_at)},
+        "blended": hijacked(True, blended=True),
         "floor_ssim": floor,
         "honest_trainings": len(honest),
         "false_alarms": sum(course.alarm_step is not None for course in honest),
@@ -261,6 +283,10 @@ def run_trial(
         "guard": asdict(GuardSettings()),
         "hijack": asdict(attack),
     }
+
+
+def _length(gradient: Tensor) -> Tensor:
+    return gradient.flatten(1).norm(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _summarise(courses: Sequence[Course], floor: float) -> dict[str, Any]:

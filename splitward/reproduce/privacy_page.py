@@ -117,7 +117,7 @@ def _fsha(found: dict[str, Any]) -> str:
     cells = [
         (
             profile,
-            f"{told}, turns after {served['turns_at']}" if "turns_at" in served else told,
+            told,
             "yes" if one["detected"] else "no",
             ", ".join(str(step or "-") for step in one["step_at_detection"]),
             _spread(one["ssim_at_detection"], 0.0, 3),
@@ -126,18 +126,25 @@ def _fsha(found: dict[str, Any]) -> str:
             f"{row['false_alarms']} of {row['honest_trainings']}",
         )
         for profile, row in found["profiles"].items()
-        for served in (row, row["turning"])
-        for told, one in (
-            ("as published", served),
-            ("critic told the labels", served["conditional"]),
-            ("told, and moves at every eighth batch", served["steady"]),
-        )
+        for told, one in _attackers(row)
     ]
     header = ("profile", "attacker", "detected", "at batch", "SSIM then", "SSIM at the end, unguarded", "label floor",
               "false alarms")  # fmt: skip
     return f"## Feature-space hijacking of a training (MNIST)\n\nCommand: `{found['command']}`.\n\n" + table(
         header, cells
     )
+
+
+def _attackers(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    later = row["turning"]
+    turns = f", turns after {later['turns_at']}"
+    return [
+        ("as published", row),
+        ("critic told the labels", row["conditional"]),
+        (f"as published{turns}", later),
+        (f"critic told the labels{turns}", later["conditional"]),
+        ("critic told the labels, serves the task as well", row["blended"]),
+    ]
 
 
 def _percent(value: float, deviation: float) -> str:

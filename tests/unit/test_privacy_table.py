@@ -41,13 +41,8 @@ FSHA = {
         "sealed": {
             **told(True, [8, 9], 0.2),
             "conditional": told(False, [40, None], None),
-            "steady": told(False, [None], None),
-            "turning": {
-                "turns_at": 40,
-                **told(True, [48], 0.1),
-                "conditional": told(True, [50], 0.11),
-                "steady": told(True, [51], 0.12),
-            },
+            "turning": {"turns_at": 40, **told(True, [48], 0.1), "conditional": told(True, [50], 0.11)},
+            "blended": told(True, [51], 0.12),
             "floor_ssim": 0.318,
             "false_alarms": 0,
             "honest_trainings": 20,
