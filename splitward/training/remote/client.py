@@ -37,7 +37,8 @@ from splitward.training.remote.halves import ClientTrainer, end_round, forget_gr
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
-from splitward.training.remote.server import NO_LABELS, Join, reproducible_kernels
+from splitward.training.remote.server import NO_LABELS, reproducible_kernels
+from splitward.training.remote.session import Join
 from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 

@@ -26,7 +26,8 @@ from splitward.errors import SplitwardError, TrainingError
 from splitward.training.remote.carrier import TICK_S, Broker, run_server
 from splitward.training.remote.halves import Schedule
 from splitward.training.remote.plan import Arrangement, Labels, Plan, Precision
-from splitward.training.remote.server import Member, Server
+from splitward.training.remote.server import Server
+from splitward.training.remote.session import Member
 from splitward.training.run import write_atomically
 from splitward.training.settings import RunSettings, frame_settings
 

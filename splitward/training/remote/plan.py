@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from splitward.errors import TrainingError
@@ -82,7 +83,7 @@ class Plan:
         """Rounds of the whole training: in turn, every client has `rounds` of its own."""
         return self.rounds * (self.clients if self.arrangement == "turn" else 1)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """16 bytes that name this plan, whatever each site calls its data."""
         values = self.to_dict()

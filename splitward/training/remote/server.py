@@ -36,66 +36,14 @@ from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
 from splitward.training.remote.privacy import add_noise, clip_rows
+from splitward.training.remote.session import EpochSums, Join, Member, Session, check_request
 from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 
 SNAPSHOT_EVERY = 100
 """Messages between snapshots: a kill costs at most the time to take so many again."""
-MAX_HALF_PARTS = 256
 NO_LABELS = np.empty(0, np.uint16)
 Replies = list[tuple[str, bytes]]
-
-
-class Join(msgspec.Struct, frozen=True):
-    """What a client says of itself: its public key in base64, and how many frames it trains on."""
-
-    key: str
-    frames: int
-
-
-class EpochSums(msgspec.Struct):
-    """Of a site's epoch: sum of the losses, frames decided right, and frames seen."""
-
-    loss: float = 0.0
-    right: int = 0
-    seen: int = 0
-
-
-class Member(msgspec.Struct):
-    """What the cloud knows of one client.
-
-    `sequence` is of its last request, `reply` the answer to it; None while it waits. `live` members are waited for;
-    a member is `finished` with the round when its half is here, and with the training when it has left.
-    """
-
-    name: str
-    key: bytes
-    frames: int
-    sequence: int = -1
-    reply: bytes | None = None
-    request: bytes | None = None
-    live: bool = True
-    finished: bool = False
-    left: bool = False
-    parts: list[bytes] = []
-    steps: int = 0
-    superseded: int = 0
-    curve: dict[int, EpochSums] = {}
-
-
-class Session(msgspec.Struct):
-    """All but the tensors, as a snapshot keeps it."""
-
-    members: dict[str, Member]
-    round: int = 0
-    halves: dict[str, list[bytes]] = {}
-    busy: str = ""
-    queue: list[str] = []
-    failure: str = ""
-    drops: int = 0
-    handled: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
 
 
 class Server:
@@ -127,7 +75,7 @@ class Server:
         every: int = SNAPSHOT_EVERY,
     ) -> None:
         self.plan, self.training = plan, training
-        self._digest, self._every, self._stand_in = plan.digest, every, steps
+        self._every, self._stand_in = every, steps
         self.session = Session({})
         self.trainers: dict[str, ServerTrainer] = {}
         self._feedback: dict[str, Feedback] = {}
@@ -174,7 +122,7 @@ class Server:
         if self.session.failure:
             return [(device, self._refusal(message, self.session.failure))]
         try:
-            self._check(message, member)
+            check_request(message, self.plan, self.session, self._awaiting(message))
         except TrainingError as error:
             return [(device, self._refusal(message, str(error)))]
         with TURN:
@@ -205,67 +153,9 @@ class Server:
 
     # --- what a message does ------------------------------------------------------------------------------------
 
-    def _check(self, message: TrainingMessage, member: Member | None) -> None:
-        """Refuse what must not enter the journal, `TrainingError`."""
-        if message.phase is Phase.JOIN:
-            self._check_join(message, member)
-            return
-        if member is None:
-            raise TrainingError("this training does not know this client: it has to join first.")
-        if message.sequence != member.sequence + 1:
-            raise TrainingError(
-                f"request {message.sequence}: the cloud is at request {member.sequence} of this client. One side has "
-                "lost its folder: begin this training again, or bring back the folders of both sides."
-            )
-        if member.request is not None:
-            raise TrainingError("the request before this one waits for its answer.")
-        if message.plan != self._digest:
-            raise TrainingError("the plan is not this training's.")
-        self._check_values(message, member)
-
-    def _check_join(self, message: TrainingMessage, member: Member | None) -> None:
-        if member is not None or message.sequence != 0:
-            raise TrainingError(
-                f"{message.device} has joined already: a client that lost its folder cannot go on with this training."
-            )
-        if len(self.session.members) >= self.plan.clients:
-            raise TrainingError(f"this training has its {self.plan.clients} clients.")
-        try:
-            join = msgspec.json.decode(message.values.tobytes(), type=Join)
-            key = base64.b64decode(join.key, validate=True)
-        except (msgspec.DecodeError, ValueError) as error:
-            raise TrainingError(f"this is no request to join: {error}.") from error
-        if len(key) != 32 or not 2 <= join.frames <= 1 << 31:
-            raise TrainingError("a client joins with a key of 32 bytes and at least 2 frames.")
-
-    def _check_values(self, message: TrainingMessage, member: Member) -> None:
-        network, phase = self.plan.run.split.network, message.phase
-        count, shape = len(message.labels), message.values.shape
-        if phase is Phase.STEP:
-            wanted = count if self.plan.labels == "cloud" else 0
-            if (
-                shape[1:] != tuple(network.release_shape)
-                or count != (shape[0] if wanted else 0)
-                or shape[0] < 2
-            ):
-                raise TrainingError(f"released tensors {shape} with {count} labels do not fit the plan.")
-            if count and int(message.labels.max()) >= network.classes:
-                raise TrainingError(f"label {message.labels.max()}: there are {network.classes} classes.")
-            if message.step >= Schedule(self.plan.run, member.frames).steps:
-                raise TrainingError(f"step {message.step} is beyond this client's training.")
-        elif phase is Phase.BACK:
-            if self.session.busy != message.device or len(shape) != 3 or shape[1] != 3:
-                raise TrainingError("a gradient of features without the step that it answers.")
-            if shape != tuple(self._trainer(message.device).awaiting):
-                raise TrainingError(f"a gradient of {shape} for features of another shape.")
-        elif phase is Phase.HALF:
-            if not 1 <= message.epoch <= MAX_HALF_PARTS or message.step != len(member.parts):
-                raise TrainingError(f"part {message.step} of {message.epoch} of a client half is out of turn.")
-        elif phase is Phase.EVALUATE:
-            if shape[1:] != tuple(network.release_shape) or self.plan.labels != "cloud":
-                raise TrainingError("only released tensors are evaluated, where the cloud has the last layers.")
-        elif phase not in (Phase.ROUND, Phase.FETCH, Phase.WEIGHTS, Phase.LEAVE):
-            raise TrainingError(f"{phase.name} is no request.")
+    def _awaiting(self, message: TrainingMessage) -> tuple[int, ...] | None:
+        """Shape of the gradient that this client owes its step, where one waits for it."""
+        return tuple(self._trainer(message.device).awaiting) if self.session.busy == message.device else None
 
     def _take(self, message: TrainingMessage, payload: bytes) -> Replies:
         session = self.session
@@ -511,7 +401,7 @@ class Server:
         answer = replace(
             message, phase=phase or message.phase, values=values, labels=NO_LABELS, loss=0.0, right=0,
             round=self.session.round, scale=1.0, nibbles=False, exponents=None,
-            plan=self._digest,
+            plan=self.plan.digest,
         )  # fmt: skip
         member.reply, member.request = encode_training(replace(answer, **more)), None
         self.session.bytes_down += len(member.reply)
@@ -524,7 +414,9 @@ class Server:
 
     def _refusal(self, message: TrainingMessage, why: str) -> bytes:
         plain = Stored(_vector(why.encode()[:4096]))._asdict()
-        refused = replace(message, phase=Phase.REFUSED, plan=self._digest, labels=NO_LABELS, loss=0.0, right=0)
+        refused = replace(
+            message, phase=Phase.REFUSED, plan=self.plan.digest, labels=NO_LABELS, loss=0.0, right=0
+        )
         return encode_training(replace(refused, **plain))
 
     # --- journal ------------------------------------------------------------------------------------------------

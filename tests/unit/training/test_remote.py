@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from dataclasses import replace
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from splitward.data import Dataset, Split, phantom
 from splitward.data.partition import partition
-from splitward.errors import HijackError, TrainingError
+from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.training.guard import GuardSettings
 from splitward.training.loop import reproducible, train
 from splitward.training.remote.client import Client
@@ -131,6 +134,7 @@ def test_another_trainings_message_and_a_lost_folder_are_refused(dataset, tmp_pa
         ({"sequence": message.sequence + 1}, "lost its folder"),
         ({"plan": bytes(16)}, "not this training's"),
         ({"labels": message.labels[:1]}, "do not fit the plan"),
+        ({"labels": message.labels[:0]}, "do not fit the plan"),
         ({"labels": np.full_like(message.labels, 99)}, "label 99"),
     ):
         ((_, refusal),) = server.handle(client.device, encode_training(replace(message, **wrong)))
@@ -151,6 +155,54 @@ def test_a_site_takes_part_only_in_what_it_agreed_to(dataset):
     ((_, reply),) = server.handle(client.device, client.request or b"")
     with pytest.raises(TrainingError, match="another network or defence"):
         client.take(reply)
+
+
+UNLABELLED = {
+    "phase": Phase.STEP,
+    "values": (3, (16,)),
+    "labels": 0,
+    "step": 0,
+    "epoch": 0,
+    "round": 0,
+    "huge": False,
+}
+
+
+@example(labels="cloud", asked_before=2, hostile=UNLABELLED)
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.sampled_from(["cloud", "client"]),
+    asked_before=st.integers(1, 4),
+    hostile=st.fixed_dictionaries(
+        {
+            "phase": st.sampled_from(Phase),
+            "values": st.tuples(st.integers(0, 9), st.sampled_from([(16,), (3, 64), (3, 63), (), (2, 2, 2)])),
+            "labels": st.integers(0, 9),
+            "step": st.sampled_from([0, 1, 10**6]),
+            "epoch": st.sampled_from([0, 1, 300]),
+            "round": st.integers(0, 1),
+            "huge": st.booleans(),
+        }
+    ),
+)
+def test_no_request_of_a_member_ends_the_cloud(dataset, labels, asked_before, hostile):
+    """Whatever it asks out of turn or shape is answered, refused or left waiting; an error would come back with the
+    journal at every start."""
+    settings = settings_for(dataset, "sealed")
+    server, client = Server(Plan(settings, labels=labels), TRAINING), open_client(dataset, settings)
+    for _ in range(asked_before):
+        for _, reply in server.handle(client.device, client.request or b""):
+            client.take(reply)
+    hostile = dict(hostile)
+    count, shape = hostile.pop("values")
+    drawn = np.random.default_rng(count).normal(size=(count, *shape)).astype(np.float32)
+    drawn *= 1e30 if hostile.pop("huge") else 1
+    codes = np.zeros(hostile.pop("labels"), np.uint16)
+    message = replace(decode_training(client.request or b""), values=drawn, labels=codes, **hostile)
+    with contextlib.suppress(MessageError):
+        for device, reply in server.handle(client.device, encode_training(message)):
+            assert device == client.device
+            assert decode_training(reply).sequence == message.sequence
 
 
 def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
