@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from splitward.data import Split
@@ -32,6 +32,7 @@ from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.method.split import SplitSettings
 from splitward.training.guard import GradientGuard, GuardSettings
 from splitward.training.loop import frames_of, reproducible, to_unit
+from splitward.training.remote.answers import Agreement, RoundStart, check_answer, read, read_tensors
 from splitward.training.remote.envelope import fingerprint, open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
 from splitward.training.remote.journal import Journal
@@ -190,6 +191,9 @@ class Client:
             return False
         if message.phase is Phase.REFUSED:
             raise TrainingError(f"the cloud refuses: {message.values.tobytes().decode(errors='replace')}")
+        features = 0 if self.trainer is None else self.trainer.features
+        released = tuple(self._agreed.network.release_shape)
+        check_answer(message, decode_training(self._request), released, features, self.place.keys)
         if self._journal is not None:
             self._journal.append(answer)
         self._apply(answer, message)
@@ -231,9 +235,9 @@ class Client:
         """Wait for the next round and go on from its client half; False after the last round."""
         while True:
             answer = yield {"phase": Phase.ROUND, "values": NOTHING}
-            told = json.loads(answer.values.tobytes())
-            self.place.round = int(told["round"])
-            if (yield from self._adopt({str(name): int(parts) for name, parts in told["halves"].items()})):
+            told = read(answer, RoundStart)
+            self.place.round = told.round
+            if (yield from self._adopt(told.halves)):
                 break
         plan, trainer = self.plan, self._active
         assert plan is not None  # noqa: S101  # joined
@@ -258,15 +262,26 @@ class Client:
                 envelope += answer.values.tobytes()
             sender = base64.b64decode(self.place.keys[name])
             about = self._about(self.place.round - 1, name)
-            opened.append((name, load(open_envelope(envelope, self._key, self.device, sender, about))))
-        weights = [int(state.pop("seen")) if plan.pooled else self.place.frames[name] for name, state in opened]
-        if sum(weights):  # a pooled round may have had no frame
-            states = [(state, weight) for (_, state), weight in zip(opened, weights, strict=True) if weight]
-            restore(self._active, average(*zip(*states, strict=True)))
+            content = open_envelope(envelope, self._key, self.device, sender, about)
+            opened.append((name, read_tensors(content, f"the client half of {name}")))
+        try:
+            self._restore_mean(opened)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"a member's client half does not fit the plan: {error}. Begin a new training."
+            ) from error
         if plan.pooled:
             forget_gradients(self._active)  # of a round that has gone on without this client
         self._active.forget_ready()
         return True
+
+    def _restore_mean(self, halves: list[tuple[str, dict[str, Tensor]]]) -> None:
+        """Go on from the mean of these, by frames."""
+        pooled = self._active.pooled
+        weights = [int(state.pop("seen")) if pooled else self.place.frames[name] for name, state in halves]
+        if sum(weights):  # a pooled round may have had no frame
+            states = [(state, weight) for (_, state), weight in zip(halves, weights, strict=True) if weight]
+            restore(self._active, average(*zip(*states, strict=True)))
 
     def _step(self) -> Generator[dict[str, Any], TrainingMessage, bool]:
         """One step; False where the round has gone on without this client."""
@@ -290,8 +305,6 @@ class Client:
             if answer.phase is Phase.SUPERSEDED:
                 return False
         down = Stored.of(answer).real()
-        if down.shape != sent.released.shape:
-            raise TrainingError(f"the cloud answers a gradient of shape {tuple(down.shape)}; trust it no more.")
         self._watch(down, trainer.wanted)
         trainer.end(down)
         place.totals.loss += loss * len(down)
@@ -364,7 +377,7 @@ class Client:
         while part < parts:
             answer = yield {"phase": Phase.WEIGHTS, "values": NOTHING, "step": part}
             whole, part, parts = whole + answer.values.tobytes(), part + 1, answer.epoch
-        self.server_half = load(whole)
+        self.server_half = read_tensors(whole, "the server half")
 
     # --- parts of the course ------------------------------------------------------------------------------------
 
@@ -379,8 +392,8 @@ class Client:
 
     def _agree(self, answer: TrainingMessage) -> None:
         """Take the cloud's plan, or refuse it."""
-        told = json.loads(answer.values.tobytes())
-        plan = Plan.from_dict(told["plan"])
+        told = read(answer, Agreement)
+        plan = Plan.from_dict(told.plan)
         if plan.digest != answer.plan:
             raise TrainingError("the plan's digest is not the one in the message's header.")
         if plan.run.split != self._agreed:
@@ -394,7 +407,7 @@ class Client:
                 "the plan has noise on gradients: the guard takes it for a hijacking in the end. "
                 "Take part without the guard (--no-guard) if you trust the cloud, or have the training made without."
             )
-        self.place.keys, self.place.frames = dict(told["keys"]), dict(told["frames"])
+        self.place.keys, self.place.frames = told.keys, told.frames
         own = base64.b64encode(self._key.public_key().public_bytes_raw()).decode()
         if self.place.keys.get(self.device) != own:
             raise TrainingError(
@@ -406,7 +419,7 @@ class Client:
         ]
         if strangers:
             raise TrainingError(f"the keys of {', '.join(strangers)} are not among the --peer fingerprints.")
-        self.place.plan = told["plan"]
+        self.place.plan = told.plan
         self._begin(plan)
 
     def _begin(self, plan: Plan) -> None:

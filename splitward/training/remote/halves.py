@@ -177,6 +177,11 @@ class ClientTrainer:
         Whether the last layers live here, and the labels stay.
     pooled : bool
         Whether a round is one step.
+
+    Attributes
+    ----------
+    features : int
+        That enter a last layer which lives here; 0 where none does.
     """
 
     def __init__(
@@ -193,9 +198,11 @@ class ClientTrainer:
         if local is not None:
             self.modules["local"] = local
         self.tails: dict[str, nn.Module] = {}
+        self.features = 0
         if tails:
             self.tails = {name: getattr(server, name)[-1] for name in STREAMS}
             self.modules["tails"] = nn.ModuleDict(self.tails)
+            self.features = next(self.tails[STREAMS[0]].parameters()).shape[1]
         make = make_linear_optimiser if pooled else make_optimiser
         self.optimisers = {name: make(module, settings) for name, module in self.modules.items()}
         self._images, self._labels = frames_of(split), torch.from_numpy(split.labels)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from splitward.errors import MessageError, TrainingError
 from splitward.training.loop import reproducible
+from splitward.training.remote.answers import Agreement, RoundStart
 from splitward.training.remote.halves import (
     Exchange,
     Schedule,
@@ -359,13 +360,14 @@ class Server:
         return replies
 
     def _agreement(self) -> bytes:
-        members = {name: base64.b64encode(m.key).decode() for name, m in sorted(self.session.members.items())}
-        frames = {name: m.frames for name, m in sorted(self.session.members.items())}
-        return msgspec.json.encode({"plan": self.plan.to_dict(), "keys": members, "frames": frames})
+        members = sorted(self.session.members.items())
+        keys = {name: base64.b64encode(member.key).decode() for name, member in members}
+        frames = {name: member.frames for name, member in members}
+        return msgspec.json.encode(Agreement(self.plan.to_dict(), keys, frames))
 
     def _round(self) -> bytes:
         halves = {name: len(parts) for name, parts in sorted(self.session.halves.items())}
-        return msgspec.json.encode({"round": self.session.round, "halves": halves})
+        return msgspec.json.encode(RoundStart(self.session.round, halves))
 
     # --- server halves ------------------------------------------------------------------------------------------
 

@@ -88,7 +88,10 @@ def whole_network(client: Client) -> SplitNetwork:
     if client.plan is None or client.trainer is None or client.server_half is None:
         raise TrainingError("the training is not over: the server half has not come down yet.")
     network = SplitNetwork(client.plan.run.split)
-    network.server.load_state_dict(client.server_half | client.trainer.tail_weights())
+    try:
+        network.server.load_state_dict(client.server_half | client.trainer.tail_weights())
+    except RuntimeError as error:
+        raise TrainingError(f"the server half that came down does not fit the plan: {error}") from error
     network.client.load_state_dict(client.trainer.modules["client"].state_dict())
     if network.saliency is not None and "local" in client.trainer.modules:
         network.saliency.classifier.load_state_dict(client.trainer.modules["local"].state_dict())

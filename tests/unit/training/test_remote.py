@@ -205,6 +205,52 @@ def test_no_request_of_a_member_ends_the_cloud(dataset, labels, asked_before, ho
             assert decode_training(reply).sequence == message.sequence
 
 
+def told_in_json(content: bytes) -> dict[str, Any]:
+    return {"values": np.frombuffer(content, np.int8)}
+
+
+TELLING, SHAPED = {Phase.JOIN, Phase.ROUND}, {Phase.STEP, Phase.BACK, Phase.EVALUATE}
+WRONG = [
+    (set(Phase) - {Phase.LEAVE}, {"phase": Phase.LEAVE}),
+    ({Phase.JOIN, Phase.LEAVE}, {"phase": Phase.SUPERSEDED}),
+    (TELLING | SHAPED, {"values": np.zeros((5, 7), np.float32)}),
+    (
+        TELLING,
+        told_in_json(
+            b'{"round": -1, "halves": {}, "plan": {}, "keys": {"site-0": "AA=="}, "frames": {"site-0": 9}}'
+        ),
+    ),
+    (
+        TELLING,
+        told_in_json(
+            b'{"round": 0, "halves": {"nobody": 1}, "plan": {}, "keys": {"site-0": "?"}, "frames": {}}'
+        ),
+    ),
+    ({Phase.WEIGHTS}, {"epoch": 60_000}),
+]
+"""Changes to an answer, and the requests that they are no answer to."""
+
+
+@pytest.mark.parametrize("labels", ["cloud", "client"])
+def test_an_answer_that_cannot_be_is_explained_and_not_kept(dataset, labels, tmp_path):
+    settings = settings_for(dataset, "sealed")
+
+    def trained(folder: Path, wrong: list[tuple[set[Phase], dict[str, Any]]]) -> dict[str, Tensor]:
+        server = Server(Plan(settings, labels=labels), TRAINING)
+        client = open_client(dataset, settings, folder, validation=dataset.validation)
+        while client.request is not None:
+            ((_, right),) = server.handle(client.device, client.request)
+            answer = decode_training(right)
+            for change in (change for phases, change in wrong if answer.phase in phases):
+                with pytest.raises(TrainingError, match=f"answer to {answer.phase.name} cannot be"):
+                    client.take(encode_training(replace(answer, exponents=None, **change)))
+            client.take(right)
+        client.close()
+        return weights_of(client)
+
+    assert differing(trained(tmp_path / "disturbed", WRONG), trained(tmp_path / "calm", [])) == []
+
+
 def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
     settings = settings_for(dataset, "sealed")
     server = Server(Plan(settings, clip=1.0, noise=0.5), TRAINING)
