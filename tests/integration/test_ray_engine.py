@@ -10,11 +10,11 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_ray_engine_gives_the_local_engines_results_whatever_is_lost() -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'splitward[ray]'")
     trials = Path(__file__).with_name("ray_trials.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(trials)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=880)
     assert done.returncode == 0, done.stdout[-6000:]
     assert "3 passed" in done.stdout
