@@ -70,7 +70,7 @@ def cluster() -> Iterator[Any]:
 async def engines(cluster: Any, card: Path) -> AsyncIterator[tuple[LocalEngine, Any]]:
     from cloud.ray_engine import RayEngine
 
-    settings = RayConfig(cluster.address, min_replicas=2, max_replicas=3, patience_s=240)  # a loaded machine takes minutes
+    settings = RayConfig(cluster.address, min_replicas=2, max_replicas=3, patience_s=240)
     local = LocalEngine([str(card)], BATCH, EngineConfig(), CpuClock())
     remote = RayEngine([str(card)], BATCH, EngineConfig(kind="ray", ray=settings))
     for engine in (local, remote):
