@@ -55,7 +55,7 @@ class GuardSettings:
     window: int = 16
     reach: int = 3
     first: int = 8
-    threshold: float = 0.9
+    threshold: float = 0.8
 
 
 class GradientGuard:
