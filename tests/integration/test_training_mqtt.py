@@ -36,7 +36,7 @@ from splitward.training.settings import RunSettings, split_settings
 from splitward.wire.bundle import create_signing_key
 
 TRAINING = bytes(range(16))
-JOIN_S = 120.0
+JOIN_S = 240.0
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +201,7 @@ def test_two_sites_and_a_coordinator_by_their_commands(tmp_path: Path, mosquitto
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_devices_take_part_in_a_training_of_the_service(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
     """Made over the API, led by the service's process, which is killed on the way; devices come by `edge train`."""
     broker, port = f"port = {mosquitto.port}", free_port()
@@ -228,7 +229,7 @@ def test_devices_take_part_in_a_training_of_the_service(tmp_path: Path, mosquitt
     service, devices = start_service(), []
     try:
         ask("/healthz", bool)
-        training = httpx.post(f"{url}/v1/trainings", json=asked | {"epochs": 2, "batch": 16}).json()["id"]
+        training = httpx.post(f"{url}/v1/trainings", json=asked | {"epochs": 2, "batch": 32}).json()["id"]
         for number in range(2):
             settings = tmp_path / f"edge-{number}.toml"
             settings.write_text(f'[device]\nid = "pi-{number}"\nsite = "ward"\n[broker]\n{broker}\n')
