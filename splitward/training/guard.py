@@ -18,9 +18,9 @@ labels, so the guard does not do it. It is passive: a guarded training ends with
 unguarded one.
 
 What it cannot see: a server whose gradients depend on the labels as the task's do, such as one that answers with
-the task's own gradient while it is watched. One that adds the task's gradient to its own is seen late: in time where
-the client half is sealed, and not where it is undefended (`splitward.audit.hijack_trial`). Where a site has one class
-alone, there is nothing to compare.
+the task's own gradient while it is watched. One that adds the task's gradient to its own is seen late, and where the
+client half is undefended too late (`splitward.audit.hijack_trial`). Where a site has one class alone, there is nothing
+to compare.
 
 numpy only: a device has no torch.
 """
