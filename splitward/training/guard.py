@@ -121,8 +121,9 @@ class GradientGuard:
         if self.batches >= settings.first and self.separation < settings.threshold:
             raise HijackError(
                 f"batch {self.batches}: the server's gradients separate the classes by {self.separation:.2f}, "
-                f"under {settings.threshold:.2f}: they do not serve the task. Stop, and trust neither "
-                "this server nor the client half that it trained."
+                f"under {settings.threshold:.2f}: they do not serve the task. Stop, and trust neither this server nor "
+                "the client half that it trained. Where sites hold different classes and client halves are averaged, "
+                "a training may fail so by itself: make it anew with the arrangement fedsgd."
             )
 
 
