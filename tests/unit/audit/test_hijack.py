@@ -113,7 +113,7 @@ def test_the_trial_is_plain_values_and_the_guard_tells_the_two_servers_apart(dat
         honest_seeds=(5,),
         hijack_seeds=(6,),
         honest_steps=12,
-        hijack_steps=18,
+        hijack_steps=30,
         turns_at=9,
         hijack=QUICK,
     )
@@ -123,7 +123,7 @@ def test_the_trial_is_plain_values_and_the_guard_tells_the_two_servers_apart(dat
     assert found["lowest_honest_separation"] > 0.95
     assert found["step_at_detection"] == [8]
     assert found["detected"]
-    assert [point["step"] for point in found["curves"][0]] == [1, 8, 18]
+    assert [point["step"] for point in found["curves"][0]] == [1, 8, 20, 30]
     assert found["turning"]["detected"]
-    assert 9 < found["turning"]["step_at_detection"][0] <= 17
+    assert 9 < found["turning"]["step_at_detection"][0] <= 24
     assert found["blended"].keys() == found["conditional"].keys()
