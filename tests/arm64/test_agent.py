@@ -31,7 +31,7 @@ SUITES = {
 
 
 @pytest.fixture(scope="module")
-def test_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     target = folder / "unpacked"
     for wheel in fetch_others(folder / "wheels", NEEDED, REPOSITORY / "constraints.txt"):
@@ -43,9 +43,9 @@ def test_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(emulated_root: Path, test_packages: Path) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
+def runs(emulated_root: Path, unpacked_packages: Path) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
     """Every suite, as many at a time as there are processors: an emulated program has one."""
-    binds = {REPOSITORY: "/code", test_packages: "/packages"}
+    binds = {REPOSITORY: "/code", unpacked_packages: "/packages"}
     environment = {
         "PYTHONPATH": "/packages:/code",
         "PYTHONDONTWRITEBYTECODE": "1",
