@@ -16,7 +16,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 td { white-space: nowrap; }
-th:first-child { text-align: left; } tbody th { font-weight: normal; }
+th:first-child { text-align: left; } tbody th { font-weight: normal; white-space: nowrap; }
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.2rem; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; }
 .facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; }
