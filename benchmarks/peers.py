@@ -94,7 +94,7 @@ class _Table:
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute(
             "CREATE TABLE IF NOT EXISTS results (device TEXT, boot TEXT, sequence INTEGER, scores TEXT, "
-            "PRIMARY KEY (device, boot, sequence)) WITHOUT ROWID"
+            "PRIMARY KEY (device, boot, sequence))"
         )
 
     def add(self, rows: list[tuple[str, str, int, str]]) -> None:

@@ -112,7 +112,7 @@ class BatchConfig(msgspec.Struct, frozen=True):
     """A micro-batch leaves when it holds `max_size` frames, or when the load promises no fuller one in time: at
     the latest when its first frame has waited `max_wait_ms`."""
 
-    max_size: Count = 64
+    max_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 64
     max_wait_ms: Annotated[float, msgspec.Meta(ge=0)] = 4.0
 
 

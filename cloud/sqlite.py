@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import msgspec
 
@@ -19,11 +20,14 @@ from cloud.record import Key, Record
 from splitward.wire.control import Result
 
 BUSY_TIMEOUT_MS = 5000
+MAX_LOG_PAGES = 8000
+"""Of the write-ahead log, before a commit of results copies it into the tables. SQLite's own 1000 make
+one batch in fifty wait for it; meanwhile the connections for all else, which commit every second, copy nearly all."""
 _COLUMNS = (
     "device, boot, sequence, site, model, class_index, class_name, scores, streams, captured_at_ns, "
     "received_at_ns, stored_at_ns, checksum"
 )
-_INSERT = f"INSERT INTO results ({_COLUMNS}) VALUES ({', '.join('?' * 13)}) ON CONFLICT DO NOTHING"  # noqa: S608  # constants
+_PLACES = f"({', '.join('?' * len(_COLUMNS.split(',')))})"
 _SELECT = f"SELECT {_COLUMNS} FROM results WHERE device = ? AND boot = ? AND sequence = ?"  # noqa: S608  # constants
 _encode = msgspec.json.Encoder().encode
 _scores = msgspec.json.Decoder(tuple[float, ...])
@@ -65,6 +69,7 @@ class SqliteResults:
         if self._connection is None:
             self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             make_durable(self._connection)
+            self._connection.execute(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
         return self._connection
 
     def _close(self) -> None:
@@ -78,21 +83,23 @@ class SqliteResults:
         return {key: _record(row) for key in keys if (row := execute(_SELECT, key).fetchone()) is not None}
 
     def _add(self, connection: sqlite3.Connection, records: Sequence[Record]) -> dict[Key, Record]:
+        values = [value for record in records for value in _row(record)]
         before = connection.total_changes
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            connection.executemany(_INSERT, map(_row, records))
-            added = connection.total_changes - before
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        connection.execute(_insert(len(records)), values)
+        added = connection.total_changes - before
         if added == len(records):
             return {}
         ours = {record.key: record for record in records}
         stored = self._find(connection, ours.keys())
         return {key: record for key, record in stored.items() if record != ours[key]}
+
+
+@lru_cache(128)
+def _insert(count: int) -> str:
+    """One statement for `count` rows is a transaction by itself: Python's lock is given up once for all of it, and
+    taken back once. With one statement for each row, each has to wait for the event loop to let go of the lock."""
+    places = ", ".join([_PLACES] * count)
+    return f"INSERT INTO results ({_COLUMNS}) VALUES {places} ON CONFLICT DO NOTHING"  # noqa: S608  # constants
 
 
 def make_durable(connection: sqlite3.Connection) -> None:

@@ -36,7 +36,6 @@ results = Table(
     # CRC-32 of the activation's message: another message under the same name is a replay, not a repeat.
     Column("checksum", BigInteger, nullable=False, server_default="0"),
     Index("results_in_order", "stored_at_ns", "device", "boot", "sequence"),
-    sqlite_with_rowid=False,  # the primary key is the table: one tree less to write for each result
 )
 labels = Table(
     "labels",
