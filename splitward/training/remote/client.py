@@ -213,8 +213,6 @@ class Client:
             key = base64.b64encode(self._key.public_key().public_bytes_raw()).decode()
             join = msgspec.json.encode(Join(key, len(self._split)))
             self._agree((yield {"phase": Phase.JOIN, "values": _vector(join)}))
-        plan = self.plan
-        assert plan is not None  # noqa: S101  # `_agree` sets it
         while place.inside or (yield from self._enter()):
             place.inside = True
             superseded = False
@@ -239,8 +237,7 @@ class Client:
             self.place.round = told.round
             if (yield from self._adopt(told.halves)):
                 break
-        plan, trainer = self.plan, self._active
-        assert plan is not None  # noqa: S101  # joined
+        plan, trainer = self._plan, self._active
         if self.place.round >= plan.turns:
             return False
         trainer.steps_done = max(trainer.steps_done, self._round_end(-1))
@@ -248,8 +245,7 @@ class Client:
 
     def _adopt(self, halves: dict[str, int]) -> Generator[dict[str, Any], TrainingMessage, bool]:
         """Fetch the halves of the round before and take their mean; False where the round has moved on."""
-        plan = self.plan
-        assert plan is not None  # noqa: S101  # joined
+        plan = self._plan
         if plan.clients == 1 or not halves:
             return True
         opened = []
@@ -285,8 +281,7 @@ class Client:
 
     def _step(self) -> Generator[dict[str, Any], TrainingMessage, bool]:
         """One step; False where the round has gone on without this client."""
-        plan, trainer, place = self.plan, self._active, self.place
-        assert plan is not None  # noqa: S101  # joined
+        plan, trainer, place = self._plan, self._active, self.place
         sent = trainer.begin()
         kept = plan.labels == "client"
         seal = self._agreed.scale if self._sealed and plan.precision == "int8" else None
@@ -324,7 +319,7 @@ class Client:
             "accuracy": totals.right / max(totals.seen, 1),
             "seconds": round(time.monotonic() - totals.began_s, 3) if totals.began_s else 0.0,
         }
-        if self._validation is not None and self.plan is not None and self.plan.labels == "cloud":
+        if self._validation is not None and self._plan.labels == "cloud":
             line["validation"] = yield from self._validate(self._validation, line["epoch"])
         place.metrics.append(line)
         place.totals = Totals(began_s=time.monotonic())
@@ -333,8 +328,7 @@ class Client:
         self, split: Split, epoch: int
     ) -> Generator[dict[str, Any], TrainingMessage, dict[str, float]]:
         """Accuracy of each stream and of the decision; the labels stay here."""
-        network, plan = self._active.network, self.plan
-        assert plan is not None  # noqa: S101  # joined
+        network, plan = self._active.network, self._plan
         right = torch.zeros(4, dtype=torch.int64)
         # Noise that the cloud cannot draw again, and none that the training would miss.
         generator = torch.Generator().manual_seed(self.place.secret ^ epoch)
@@ -356,8 +350,7 @@ class Client:
 
     def _hand_over(self) -> Course:
         """Seal the own half to the members and leave it with the cloud."""
-        plan = self.plan
-        assert plan is not None  # noqa: S101  # joined
+        plan = self._plan
         sealed = b"\0"
         if plan.clients > 1:
             seen = {"seen": torch.tensor(end_round(self._active))} if plan.pooled else {}
@@ -380,6 +373,11 @@ class Client:
         self.server_half = read_tensors(whole, "the server half")
 
     # --- parts of the course ------------------------------------------------------------------------------------
+
+    @property
+    def _plan(self) -> Plan:
+        assert self.plan is not None  # noqa: S101  # the client has joined
+        return self.plan
 
     @property
     def _active(self) -> ClientTrainer:
@@ -435,8 +433,7 @@ class Client:
 
     def _round_end(self, ahead: int = 0) -> int:
         """Own steps that are done when the present round is; `ahead` -1: when it begins."""
-        plan = self.plan
-        assert plan is not None  # noqa: S101  # joined
+        plan = self._plan
         passed = self.place.round // (plan.clients if plan.arrangement == "turn" else 1) + 1 + ahead
         return passed * self._active.schedule.steps // plan.rounds
 
