@@ -31,9 +31,12 @@ def distance_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _centred_distances(rows: Tensor) -> Tensor:
-    squares = (rows[:, None] - rows[None, :]).square().sum(2)
+    wide = rows.double()  # |a|^2 + |b|^2 - 2 ab loses digits where two rows are near one another
+    norms = wide.square().sum(1)
+    squares = (norms[:, None] + norms[None, :] - 2 * wide @ wide.mT).to(rows.dtype)
     # The root has no gradient at 0, where a row meets itself.
-    distances = torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), 0.0)
+    other = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    distances = torch.where(other, squares.clamp_min(1e-12).sqrt(), 0.0)
     return distances - distances.mean(0, keepdim=True) - distances.mean(1, keepdim=True) + distances.mean()
 
 

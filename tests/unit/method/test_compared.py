@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitward.method.compared import Adversary, distance_correlation
+from splitward.method.compared import Adversary, _centred_distances, distance_correlation
 from splitward.method.halves import NetworkSettings
 from splitward.method.split import COMPARED, SplitNetwork, SplitSettings
 
@@ -28,6 +28,15 @@ def test_distance_correlation_of_the_same_thing_is_one():
     rows = torch.randn(40, 3)
     turned = torch.linalg.qr(torch.randn(3, 3)).Q
     assert distance_correlation(rows, 5 * rows @ turned + 2) == pytest.approx(1, abs=1e-5)
+
+
+def test_distances_are_those_of_each_pair_also_of_near_and_of_equal_rows():
+    rows = torch.rand(6, 500, generator=torch.Generator().manual_seed(0))
+    rows[1] = rows[0]
+    rows[2] = rows[0] + 1e-4
+    apart = (rows[:, None] - rows).square().sum(2).sqrt()
+    expected = apart - apart.mean(0, keepdim=True) - apart.mean(1, keepdim=True) + apart.mean()
+    torch.testing.assert_close(_centred_distances(rows), expected, atol=1e-5, rtol=0)
 
 
 def test_distance_correlation_of_independent_rows_is_small_and_falls_with_their_number():
