@@ -45,6 +45,12 @@ def _chaos(options: dict[str, Any]) -> int:
 
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
     scenario = read_config(options["scenario"], Scenario)
+    for name in ("frames", "bundle", "trusted_key"):
+        if not options[name].exists():
+            flag = f"--{name.replace('_', '-')}"
+            raise SplitwardError(
+                f"{options[name]} is not there: `make demo` makes it in demo/, or give {flag}."
+            )
     if options["seed"] is not None:
         scenario = msgspec.structs.replace(scenario, seed=options["seed"])
     report = run_chaos(
@@ -116,9 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     chaos = commands.add_parser("chaos", help="let a scenario befall a fleet, and account for every frame")
     chaos.add_argument("scenario", type=Path, metavar="SCENARIO.toml")
     chaos.add_argument("--seed", type=int, metavar="N", help="draw other events")
-    chaos.add_argument("--frames", type=Path, default=Path("demo/frames.npz"), metavar="FILE.npz")
-    chaos.add_argument("--bundle", type=Path, default=Path("demo/model.bundle"), metavar="FILE")
-    chaos.add_argument("--trusted-key", type=Path, default=Path("demo/signing.key.pub"), metavar="FILE")
+    for flag, file in (
+        ("frames", "frames.npz"),
+        ("bundle", "model.bundle"),
+        ("trusted-key", "signing.key.pub"),
+    ):
+        path = Path("demo", file)
+        chaos.add_argument(f"--{flag}", type=Path, default=path, metavar="FILE", help=f"default: {path}")
     chaos.add_argument("--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays")
     chaos.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     chaos.set_defaults(run=_chaos)

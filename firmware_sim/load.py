@@ -217,6 +217,7 @@ def run_load(config: LoadConfig) -> LoadReport:
 
 
 async def _run(config: LoadConfig, card: ServerCard) -> LoadReport:
+    await _try_broker(config)
     devices = [_Device(config, number, card) for number in range(config.devices)]
     gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
     keepers = [asyncio.create_task(device.keep_connected(gate)) for device in devices]
@@ -237,6 +238,17 @@ async def _run(config: LoadConfig, card: ServerCard) -> LoadReport:
         for device in devices:
             device.close()
     return _report(config, devices, wall_s)
+
+
+async def _try_broker(config: LoadConfig) -> None:
+    """Fail at once where nobody listens: devices would try for a minute."""
+    try:
+        _, writer = await asyncio.open_connection(config.host, config.port)
+    except OSError as error:
+        raise SplitwardError(
+            f"{config.host}:{config.port}: {error.strerror or error}. Is the broker there?"
+        ) from error
+    writer.close()
 
 
 async def _publish(config: LoadConfig, devices: list[_Device], started_s: float) -> None:
