@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
             asyncio.run(_migrate(config))
             return 0
         app = create_app(config)
+        asyncio.run(
+            _migrate(config)
+        )  # here a store that cannot be used is told in one line, in the server by a traceback
     except (SplitwardError, Problem) as error:
         sys.stderr.write(f"{error.detail if isinstance(error, Problem) else error}\n")
         return 2

@@ -9,8 +9,8 @@ from cloud.tables import metadata
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    transaction_per_migration=True,
     render_as_batch=True,
+    transactional_ddl=True,  # SQLite's too, since `cloud.migrate` begins
 )
 with context.begin_transaction():
     context.run_migrations()

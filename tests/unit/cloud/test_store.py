@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from itertools import count
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import column, insert, table, text
+from sqlalchemy import column, insert, inspect, table, text
+from sqlalchemy.engine.default import DefaultDialect
 
 from cloud import audit, tables
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
-from cloud.migrate import upgrade
+from cloud.migrate import current_revision, transaction, upgrade
 from cloud.record import DeadLetter, Device, Label, Record
 from cloud.retention import delete_old
 from cloud.store import Store, _row
@@ -118,17 +121,74 @@ async def test_the_migrations_make_the_tables_that_the_code_knows(store):
     await store.open()  # once more changes nothing
 
 
-async def test_a_database_of_the_first_form_keeps_its_results(url):
-    store = Store(StoreConfig(url))
+async def make_first_form(url: str) -> None:
+    """A database of the first form, which knew no migrations, with one result."""
     await asyncio.to_thread(upgrade, url, "0001")
     row = {name: value for name, value in _row(record(7)).items() if name != "checksum"}
     first = [column(one.name, one.type) for one in tables.results.columns if one.name != "checksum"]
+    store = Store(StoreConfig(url))
     async with store.write() as connection:
         await connection.execute(insert(table("results", *first)).values(row))
         await connection.execute(text("DROP TABLE alembic_version"))
+    await store.close()
+
+
+async def test_a_database_of_the_first_form_keeps_its_results(url):
+    await make_first_form(url)
+    store = Store(StoreConfig(url))
     await store.open()
     assert await store.results() == [record(7)]
     await store.close()
+
+
+class CutError(Exception):
+    """A migration gets no further."""
+
+
+def form(url: str) -> tuple[set[str], str | None]:
+    """Tables of a database, and its revision."""
+    with transaction(url) as connection:
+        return set(inspect(connection).get_table_names()), current_revision(connection)
+
+
+async def test_a_migration_that_is_cut_off_at_any_statement_has_done_nothing(url, monkeypatch):
+    await make_first_form(url)
+    execute, before = DefaultDialect.do_execute, form(url)
+    for allowed in count():
+        left = iter(range(allowed))
+
+        def do_execute(*arguments, left=left, **more):
+            if next(left, None) is None:
+                raise CutError
+            return execute(*arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DefaultDialect, "do_execute", do_execute)
+            try:
+                upgrade(url)
+                break
+            except CutError:
+                pass
+        assert form(url) == before
+    assert allowed > 20
+    store = Store(StoreConfig(url))
+    await store.open()
+    assert await store.results() == [record(7)]
+    await store.close()
+
+
+async def test_a_database_of_a_newer_release_is_left_alone(store, url):
+    async with store.write() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreError, match=r"revision 9999, which a newer release made"):
+        await store.open()
+
+
+async def test_workers_that_start_together_migrate_once(url):
+    await make_first_form(url)
+    program = f"from cloud.migrate import upgrade; upgrade({url!r})"
+    workers = [await asyncio.create_subprocess_exec(sys.executable, "-c", program) for _ in range(3)]
+    assert [await worker.wait() for worker in workers] == [0, 0, 0]
 
 
 async def test_old_results_and_their_labels_are_forgotten(store):
