@@ -7,6 +7,7 @@ those of the fleet's own services, whose names no device can bear; the broker tr
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import hmac
 import ipaddress
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from splitward.disk import write_whole
 from splitward.errors import ConfigError, MessageError
 
 RENEWAL = b"splitward renewal v1\0"
@@ -29,6 +31,8 @@ SERVICE = "service:"
 """Begins the common name of every service; a device id holds no colon, so no device can enrol as one."""
 AUTHORITY_DAYS = 3650
 CRL_DAYS = 7
+FILES = ("authority.key", "order.key", "ticket.key", "authority.pem")
+"""In the folder: the keys of certificates, orders and tickets, and the authority's own certificate."""
 _BACKDATED = datetime.timedelta(minutes=10)
 """A device's clock may be behind ours."""
 
@@ -44,14 +48,14 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            key = _key(folder / "authority.key", lambda: ec.generate_private_key(ec.SECP256R1()))
-            order_key = _key(folder / "order.key", Ed25519PrivateKey.generate)
-            self._ticket_key = _secret(folder / "ticket.key")
+            if not all((folder / name).exists() for name in FILES):
+                _make(folder)
+            key, order_key = (_read_key(folder / name) for name in FILES[:2])
             if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(order_key, Ed25519PrivateKey):
                 raise ValueError("a key is of another kind")
             self._key, self.order_key = key, order_key
-            self.certificate = self._certificate(folder / "authority.pem")
+            self._ticket_key = (folder / FILES[2]).read_bytes()
+            self.certificate = x509.load_pem_x509_certificate((folder / FILES[3]).read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigError(f"fleet.state_dir {folder}: {error}. Restore the keys from a copy.") from error
 
@@ -170,26 +174,43 @@ class Authority:
             )
         )
 
-    def _certificate(self, path: Path) -> x509.Certificate:
-        if path.exists():
-            return x509.load_pem_x509_certificate(path.read_bytes())
-        now = datetime.datetime.now(datetime.UTC)
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Splitward devices")])
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(self._key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _BACKDATED)
-            .not_valid_after(now + datetime.timedelta(days=AUTHORITY_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(sign_certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+
+def _make(folder: Path) -> None:
+    """Make what is missing; workers that start together take turns, so that all have the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        makers: tuple[Callable[[], bytes], ...] = (
+            lambda: _private_pem(ec.generate_private_key(ec.SECP256R1())),
+            lambda: _private_pem(Ed25519PrivateKey.generate()),
+            lambda: os.urandom(32),
+            lambda: _self_signed(_read_key(folder / FILES[0])),
         )
-        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return certificate
+        for name, make in zip(FILES, makers, strict=True):
+            if not (folder / name).exists():
+                write_whole(folder / name, make(), 0o644 if name.endswith(".pem") else 0o600)
+
+
+def _self_signed(key: PrivateKeyTypes) -> bytes:
+    """PEM certificate of the authority itself."""
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("a key is of another kind")
+    now = datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Splitward devices")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATED)
+        .not_valid_after(now + datetime.timedelta(days=AUTHORITY_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
@@ -218,19 +239,5 @@ def _private_pem(key: PrivateKeyTypes) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
 
 
-def _secret(path: Path) -> bytes:
-    if not path.exists():
-        _write(path, os.urandom(32))
-    return path.read_bytes()
-
-
-def _key(path: Path, make: Callable[[], PrivateKeyTypes]) -> PrivateKeyTypes:
-    if not path.exists():
-        key = make()
-        _write(path, _private_pem(key))
+def _read_key(path: Path) -> PrivateKeyTypes:
     return serialization.load_pem_private_key(path.read_bytes(), password=None)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)

@@ -18,6 +18,7 @@ from sqlalchemy import select
 from cloud import audit, tables
 from cloud.problem import Problem
 from cloud.store import Store
+from splitward.disk import move_whole
 from splitward.errors import BundleError
 from splitward.wire.bundle import Bundle, read_bundle
 
@@ -45,7 +46,7 @@ class Registry:
             except BundleError as error:
                 message = str(error).replace(str(partial), "the bundle")
                 raise Problem(422, error.reason, message) from error
-            partial.replace(self.path(bundle.model.hex()))
+            move_whole(partial, self.path(bundle.model.hex()))
         finally:
             partial.unlink(missing_ok=True)
         row = _row(bundle, digest, size)

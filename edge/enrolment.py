@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from edge.config import EdgeConfig
-from edge.disk import move_whole, write_whole
 from edge.errors import FetchError
 from edge.fetch import post_json
+from splitward.disk import move_whole, write_whole
 from splitward.errors import ConfigError, SplitwardError
 from splitward.wire.names import NAME
 

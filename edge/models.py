@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from edge.config import EdgeConfig
-from edge.disk import move_whole, write_whole
 from edge.errors import UpdateError
+from splitward.disk import move_whole, write_whole
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from edge.config import EdgeConfig
-from edge.disk import write_whole
+from splitward.disk import write_whole
 from splitward.errors import MessageError
 from splitward.wire.control import Outcome
 from splitward.wire.orders import Announcement, Command, Order, decode_order

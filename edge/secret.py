@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 
+from splitward.disk import write_whole
 from splitward.errors import ConfigError
 from splitward.wire.law import SECRET_BYTES
 
@@ -33,9 +33,6 @@ def load_secret(path: Path) -> bytes:
 
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_name(path.name + ".partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(SECRET_BYTES))
-        file.flush()
-        os.fsync(file.fileno())  # a secret that a power cut empties would stop the device for good
-    partial.replace(path)
+    write_whole(
+        path, secrets.token_bytes(SECRET_BYTES)
+    )  # one that a power cut empties would stop the device for good

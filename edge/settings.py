@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from edge.config import EdgeConfig
-from edge.disk import write_whole
 from splitward.config import build_config, parse_toml, read_toml
+from splitward.disk import write_whole
 from splitward.errors import ConfigError
 
 PREFIX = "SPLITWARD_EDGE__"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-import edge.disk
 from edge.config import CaptureConfig, CloudConfig, EdgeConfig, UpdateConfig
 from edge.errors import UpdateError
 from edge.installation import InstallRequest, install, install_apart
@@ -284,7 +284,7 @@ def test_a_power_cut_at_each_step_leaves_a_working_model(
 ) -> None:
     model = newer(tiny_bundle, tmp_path / "second.bundle").hex()
     trusted = read_trusted_key(tiny_bundle.trusted_key)
-    real = (edge.disk.os.replace, edge.disk.os.fsync, Path.replace)
+    real = (os.replace, os.fsync, Path.replace)
     cuts = 0
     for step in range(100):
         state = tmp_path / f"state-{step}"
@@ -309,7 +309,7 @@ def test_a_power_cut_at_each_step_leaves_a_working_model(
 
             return call
 
-        monkeypatch.setattr(edge.disk.os, "fsync", count(real[1]))
+        monkeypatch.setattr(os, "fsync", count(real[1]))
         monkeypatch.setattr(Path, "replace", count(real[2]))
         try:
             store = ModelStore(config)

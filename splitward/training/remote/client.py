@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import secrets
 import time
 from collections.abc import Generator, Iterator
@@ -28,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from splitward.data import Split
+from splitward.disk import write_whole
 from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.method.split import SplitSettings
 from splitward.training.guard import GradientGuard, GuardSettings
@@ -564,15 +564,9 @@ def _own_key(folder: Path | None) -> X25519PrivateKey:
     """The client's key, made at the first start."""
     if folder is None:
         return X25519PrivateKey.generate()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "key"
     if not path.exists():
-        partial = folder / "key.partial"
-        partial.touch(0o600)
-        partial.write_bytes(X25519PrivateKey.generate().private_bytes_raw())
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, X25519PrivateKey.generate().private_bytes_raw())
     try:
         return X25519PrivateKey.from_private_bytes(path.read_bytes())
     except ValueError as error:

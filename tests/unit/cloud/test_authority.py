@@ -1,0 +1,64 @@
+"""The fleet's keys: made once, whole, and the same for every worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from cloud.authority import FILES, Authority
+from splitward.errors import ConfigError
+
+
+class PowerCutError(Exception):
+    """Nothing more reaches the disk."""
+
+
+def test_keys_whose_making_was_cut_off_anywhere_are_made_at_the_next_start(tmp_path, monkeypatch):
+    fsync, replace = os.fsync, Path.replace
+    for allowed in count():
+        folder, left = tmp_path / str(allowed), iter(range(allowed))
+
+        def step(inner, left=left):
+            def call(*arguments):
+                if next(left, None) is None:
+                    raise PowerCutError
+                return inner(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", step(fsync))
+            patch.setattr(Path, "replace", step(replace))
+            try:
+                Authority(folder)
+                break
+            except PowerCutError:
+                pass
+        assert Authority(folder).pem == Authority(folder).pem
+    assert allowed == 3 * len(FILES)  # the file, its name, the folder
+
+
+def test_workers_that_start_together_share_one_authority(tmp_path):
+    program = "import sys, pathlib, cloud.authority as a; print(a.Authority(pathlib.Path(sys.argv[1])).pem)"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = {worker.communicate(timeout=60)[0].strip() for worker in workers}
+    assert told == {Authority(tmp_path).pem.strip()}
+
+
+def test_only_the_owner_reads_the_keys(tmp_path):
+    Authority(tmp_path)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in FILES] == [0o600, 0o600, 0o600, 0o644]
+
+
+def test_a_damaged_key_is_named_and_kept(tmp_path):
+    Authority(tmp_path)
+    (tmp_path / FILES[1]).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"Restore the keys from a copy"):
+        Authority(tmp_path)
+    assert (tmp_path / FILES[1]).read_bytes() == b""
