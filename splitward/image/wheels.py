@@ -26,7 +26,13 @@ TOP_LEVEL = (
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 AGENT = (
     *("edge", "splitward/wire", "splitward/imaging"),
-    *("splitward/__init__.py", "splitward/config.py", "splitward/errors.py", "splitward/py.typed"),
+    *(
+        "splitward/__init__.py",
+        "splitward/config.py",
+        "splitward/disk.py",
+        "splitward/errors.py",
+        "splitward/py.typed",
+    ),
 )
 """What of this repository runs on a device."""
 

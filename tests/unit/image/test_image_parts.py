@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,26 @@ def test_a_package_that_differs_from_the_lock_is_refused(tmp_path: Path) -> None
     assert not list((tmp_path / "cache").iterdir())
     with pytest.raises(ImageError, match="snapshot mirror"):
         debian.fetch([package], tmp_path / "cache", (tmp_path / "nowhere").as_uri())
+
+
+def test_the_agent_needs_nothing_that_a_device_is_not_given(tmp_path: Path) -> None:
+    for part in wheels.AGENT:
+        source, target = wheels.SOURCE / part, tmp_path / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    program = (
+        "import importlib, pkgutil, edge\nprint(edge.__file__)\n"
+        "for one in pkgutil.walk_packages(edge.__path__, 'edge.'):\n"
+        "    if not one.name.endswith('__main__'): importlib.import_module(one.name)"
+    )
+    # -S: site-packages as a plain folder, without what leads an import to this checkout.
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{sysconfig.get_path('platlib')}"}
+    command = [sys.executable, "-S", "-c", program]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert Path(said.stdout.strip()).parent == tmp_path / "edge"
+    recipe = (wheels.SOURCE / "Dockerfile.arm64").read_text()
+    assert [part for part in wheels.AGENT if f" {part} " not in recipe] == []
 
 
 def test_the_bill_of_materials_is_cyclonedx_and_the_same_each_time() -> None:
