@@ -24,16 +24,8 @@ TOP_LEVEL = (
     *("cryptography", "pydicom"),
 )
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
-AGENT = (
-    *("edge", "splitward/wire", "splitward/imaging"),
-    *(
-        "splitward/__init__.py",
-        "splitward/config.py",
-        "splitward/disk.py",
-        "splitward/errors.py",
-        "splitward/py.typed",
-    ),
-)
+_FILES = ("__init__.py", "config.py", "disk.py", "errors.py", "py.typed", "versions.py")
+AGENT = ("edge", "splitward/wire", "splitward/imaging", *(f"splitward/{name}" for name in _FILES))
 """What of this repository runs on a device."""
 
 
