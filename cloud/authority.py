@@ -31,8 +31,8 @@ SERVICE = "service:"
 """Begins the common name of every service; a device id holds no colon, so no device can enrol as one."""
 AUTHORITY_DAYS = 3650
 CRL_DAYS = 7
-FILES = ("authority.key", "order.key", "ticket.key", "authority.pem")
-"""In the folder: the keys of certificates, orders and tickets, and the authority's own certificate."""
+AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE = "authority.key", "order.key", "ticket.key", "authority.pem"
+FILES = (AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE)
 _BACKDATED = datetime.timedelta(minutes=10)
 """A device's clock may be behind ours."""
 
@@ -50,12 +50,12 @@ class Authority:
         try:
             if not all((folder / name).exists() for name in FILES):
                 _make(folder)
-            key, order_key = (_read_key(folder / name) for name in FILES[:2])
+            key, order_key = _read_key(folder / AUTHORITY_KEY), _read_key(folder / ORDER_KEY)
             if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(order_key, Ed25519PrivateKey):
                 raise ValueError("a key is of another kind")
             self._key, self.order_key = key, order_key
-            self._ticket_key = (folder / FILES[2]).read_bytes()
-            self.certificate = x509.load_pem_x509_certificate((folder / FILES[3]).read_bytes())
+            self._ticket_key = (folder / TICKET_KEY).read_bytes()
+            self.certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigError(f"fleet.state_dir {folder}: {error}. Restore the keys from a copy.") from error
 
@@ -180,15 +180,15 @@ def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        makers: tuple[Callable[[], bytes], ...] = (
-            lambda: _private_pem(ec.generate_private_key(ec.SECP256R1())),
-            lambda: _private_pem(Ed25519PrivateKey.generate()),
-            lambda: os.urandom(32),
-            lambda: _self_signed(_read_key(folder / FILES[0])),
-        )
-        for name, make in zip(FILES, makers, strict=True):
+        makers: dict[str, Callable[[], bytes]] = {
+            AUTHORITY_KEY: lambda: _private_pem(ec.generate_private_key(ec.SECP256R1())),
+            ORDER_KEY: lambda: _private_pem(Ed25519PrivateKey.generate()),
+            TICKET_KEY: lambda: os.urandom(32),
+            CERTIFICATE: lambda: _self_signed(_read_key(folder / AUTHORITY_KEY)),
+        }
+        for name, make in makers.items():
             if not (folder / name).exists():
-                write_whole(folder / name, make(), 0o644 if name.endswith(".pem") else 0o600)
+                write_whole(folder / name, make(), 0o644 if name == CERTIFICATE else 0o600)
 
 
 def _self_signed(key: PrivateKeyTypes) -> bytes:
