@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from splitward.disk import write_whole
 from splitward.errors import ImageError
 from splitward.image.debian import read_epoch
 
@@ -50,7 +50,6 @@ def create_update_key(folder: Path) -> tuple[Path, Path]:
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    with os.fdopen(os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-    certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_whole(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_whole(key_path, pem)  # the last: where it is, all is
     return key_path, certificate_path

@@ -6,6 +6,7 @@ bytes, so the SHA-256 of the manifest names the whole bundle: the model id is it
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zipfile
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from splitward.disk import write_whole
 from splitward.errors import BundleError, ConfigError
 from splitward.wire.law import ReleaseLaw
 from splitward.wire.names import Backend as Backend
@@ -235,14 +237,13 @@ def create_signing_key(path: Path) -> Ed25519PrivateKey:
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-    public_key_path(path).write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+    write_whole(public_key_path(path), public, 0o644)
+    write_whole(path, pem)  # the last: where it is, all is
     return key
 
 
