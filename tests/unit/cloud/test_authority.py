@@ -38,7 +38,7 @@ def test_keys_whose_making_was_cut_off_anywhere_are_made_at_the_next_start(tmp_p
                 Authority(folder)
                 break
             except PowerCutError:
-                pass
+                pass  # one step further in the next round
         assert Authority(folder).pem == Authority(folder).pem
     assert allowed == 3 * len(FILES)  # the file, its name, the folder
 
