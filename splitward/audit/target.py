@@ -166,6 +166,7 @@ def _of_network(
     settings = network.settings.network
     shape = settings.release_shape
 
+    @_Remembered
     @torch.no_grad()
     def activate(frames: Tensor) -> Tensor:
         return torch.cat([network.client(network.attack(chunk)) for chunk in torch.split(frames, _CHUNK)])
@@ -230,34 +231,46 @@ def _without_map(client: Runtime, frame: np.ndarray) -> np.ndarray:
     return client.run(np.concatenate((frame, np.zeros_like(frame))))
 
 
-class _Device:
-    """The deployed graphs, and the release with a secret that is drawn afresh for each frame.
+class _Remembered:
+    """Frames [B, C, H, W] to activations [B, *shape], each frame's computed once.
 
-    Attacks release the same auxiliary frames again and again; their activations are the same each time, and so
-    they are remembered.
+    Attacks release the same auxiliary frames again and again, and only the noise is new. What does not fit in
+    `_REMEMBERED_BYTES` is computed each time.
     """
 
-    def __init__(self, activation: Callable[[Any], Any], law: ReleaseLaw) -> None:
-        self._activation, self._law = activation, law
-        self._remembered: dict[bytes, np.ndarray] = {}
+    def __init__(self, activate: Callable[[Tensor], Tensor]) -> None:
+        self._activate = activate
+        self._known: dict[bytes, Tensor] = {}
         self._room = _REMEMBERED_BYTES
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        keys = [hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames.detach().numpy()]
+        unknown = {key: row for row, key in enumerate(keys) if key not in self._known}
+        fresh: dict[bytes, Tensor] = {}
+        if unknown:
+            computed = self._activate(frames[list(unknown.values())])
+            fresh = dict(zip(unknown, computed, strict=True))
+            if computed.nbytes <= self._room:
+                self._room -= computed.nbytes
+                self._known |= fresh
+        return torch.stack([self._known[key] if key in self._known else fresh[key] for key in keys])
+
+
+class _Device:
+    """The deployed graphs, and the release with a secret that is drawn afresh for each frame."""
+
+    def __init__(self, activation: Callable[[Any], Any], law: ReleaseLaw) -> None:
+        self._activate = _Remembered(
+            lambda frames: torch.from_numpy(np.stack([activation(frame) for frame in frames.numpy()]))
+        )
+        self._law = law
 
     @property
     def clean_or_none(self) -> Callable[[Tensor], Tensor] | None:
         return self.clean if self._law.dtype == "int8" else None
 
-    def activate(self, frame: np.ndarray) -> np.ndarray:
-        key = hashlib.blake2b(frame.tobytes(), digest_size=16).digest()
-        if key not in self._remembered:
-            activation = self._activation(frame)
-            if activation.nbytes > self._room:
-                return activation
-            self._room -= activation.nbytes
-            self._remembered[key] = activation
-        return self._remembered[key]
-
     def clean(self, frames: Tensor) -> Tensor:
-        rows = [quantise(self.activate(frame), self._law.grid) for frame in frames.numpy()]
+        rows = [quantise(row, self._law.grid) for row in self._activate(frames).numpy()]
         return torch.from_numpy(np.stack(rows)).double() * self._law.grid
 
     def release(self, frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -265,7 +278,7 @@ class _Device:
             256, (len(frames), SECRET_BYTES), dtype=torch.uint8, generator=generator
         ).numpy()
         rows = [
-            dequantise(release(self.activate(frame), self._law, secret.tobytes()), self._law.scale)
-            for frame, secret in zip(frames.detach().numpy(), secrets, strict=True)
+            dequantise(release(row, self._law, secret.tobytes()), self._law.scale)
+            for row, secret in zip(self._activate(frames).numpy(), secrets, strict=True)
         ]
         return torch.from_numpy(np.stack(rows))

@@ -34,6 +34,25 @@ def test_a_run_releases_as_its_network(target, phantoms):
     assert 0 <= target.accuracy <= 1
 
 
+def test_a_frame_is_computed_once_and_released_afresh(run_folder, phantoms, monkeypatch):
+    frames = to_unit(frames_of(phantoms.test))[:6]
+    again = frames[[4, 0, 0, 5, 1, 2, 3]]
+    released = {}
+    for room, computed in ((256 << 20, [4, 2]), (0, [4, 6])):
+        monkeypatch.setattr("splitward.audit.target._REMEMBERED_BYTES", room)
+        target = open_target(run_folder)
+        batches: list[int] = []
+        target.network.client.register_forward_pre_hook(lambda _, given, to=batches: to.append(len(given[0])))
+        noise = torch.Generator().manual_seed(5)
+        released[room] = target.release(frames[:4], noise), target.release(again, noise)
+        assert batches == computed
+    remembered, computed_anew = (torch.cat(both) for both in released.values())
+    assert not torch.equal(remembered[5], remembered[6])  # one frame, twice
+    # A frame's activation differs by rounding with the batch it is computed in: a step of the release at most.
+    assert (remembered - computed_anew).abs().max() <= 1.01 * target.law.scale
+    assert ((remembered - computed_anew) == 0).double().mean() > 0.9
+
+
 def test_the_clean_values_are_the_release_without_noise(target, phantoms):
     frames = to_unit(frames_of(phantoms.test))
     step = target.law.scale
