@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cloud import audit
 from cloud.access import Operator, Reader, count_stranger
-from cloud.errors import TransportError
 from cloud.export import csv_of_results, parquet_of_results
 from cloud.fhir import MEDIA_TYPE, diagnostic_report
 from cloud.problem import Problem
@@ -349,10 +348,7 @@ async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Wh
 @router.post("/devices/{site}/{device}/commands", status_code=202)
 async def command(parts: Parts, caller: Operator, site: InPath, device: InPath, body: NewCommand) -> Response:
     """Order one device to do something."""
-    try:
-        order = await parts.rollouts.command(site, device, body.name, body.arguments, caller.name)
-    except TransportError as error:
-        raise Problem(503, "broker", str(error), {"Retry-After": "5"}) from error
+    order = await parts.rollouts.command(site, device, body.name, body.arguments, caller.name)
     return as_json({"order": order}, 202)
 
 
@@ -404,10 +400,7 @@ async def rollouts(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
 @router.post("/rollouts/{rollout}/halt")
 async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why) -> Response:
     """Stop a roll-out and take it back."""
-    try:
-        await parts.rollouts.halt(rollout, body.reason or "halted by an operator", caller.name)
-    except TransportError as error:
-        raise Problem(503, "broker", str(error), {"Retry-After": "5"}) from error
+    await parts.rollouts.halt(rollout, body.reason or "halted by an operator", caller.name)
     return as_json({"halted": rollout})
 
 

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from cloud.errors import StoreError
+from cloud.errors import StoreError, TransportError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -62,8 +62,11 @@ def answer_with_problems(app: FastAPI) -> None:
         detail = "; ".join(f"{one['at']}: {one['what']}" for one in faults)
         return problem_response(422, "invalid", detail, instance=request.url.path, faults=faults)
 
-    @app.exception_handler(StoreError)
-    async def wait(request: Request, error: StoreError) -> Response:
+    async def wait(request: Request, error: Exception) -> Response:
+        reason = "store" if isinstance(error, StoreError) else "broker"
         return problem_response(
-            503, "store", str(error), instance=request.url.path, headers={"Retry-After": "5"}
+            503, reason, str(error), instance=request.url.path, headers={"Retry-After": "5"}
         )
+
+    app.add_exception_handler(StoreError, wait)
+    app.add_exception_handler(TransportError, wait)

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from splitward.errors import BundleError
 from splitward.wire.bundle import Bundle, read_bundle
 
 MAX_BYTES = 512 << 20
+ABANDONED_S = 3600.0
+"""An upload to which nothing was added for so long was cut off with its process."""
 
 
 class Registry:
@@ -38,6 +41,7 @@ class Registry:
         if self._trusted is None:
             raise Problem(409, "no_trusted_key", "set fleet.trusted_key to the public key that signs bundles.")
         self._folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(self._folder)
         partial = self._folder / f"{secrets.token_hex(8)}.partial"
         try:
             digest, size = await _receive(chunks, partial)
@@ -77,6 +81,13 @@ class Registry:
     def path(self, model: str) -> Path:
         """Where the file of a bundle lies."""
         return self._folder / f"{model}.bundle"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.glob("*.partial"):
+        with suppress(FileNotFoundError):  # it has just ended, in this worker or another
+            if time.time() - partial.stat().st_mtime > ABANDONED_S:
+                partial.unlink()
 
 
 async def _receive(chunks: AsyncIterator[bytes], path: Path) -> tuple[str, int]:

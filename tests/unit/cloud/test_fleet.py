@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import logging
+import os
 import time
 
 import pytest
@@ -183,6 +184,18 @@ async def test_a_bundle_is_verified_kept_and_served_by_ticket(fleet, tiny_bundle
         assert (await fleet.http.get(url, params={"ticket": wrong})).status_code == 403
 
 
+async def test_what_a_killed_upload_left_is_removed_and_one_that_goes_on_is_not(fleet, tiny_bundle):
+    folder = fleet.parts.registry.path("0").parent
+    folder.mkdir()
+    left, going_on = folder / "a.partial", folder / "b.partial"
+    for path in (left, going_on):
+        path.write_bytes(b"half")
+    os.utime(left, (time.time() - 3700,) * 2)
+    assert (await fleet.http.post("/v1/bundles", content=tiny_bundle.path.read_bytes())).status_code == 201
+    assert not left.exists()
+    assert sorted(path.suffix for path in folder.iterdir()) == [".bundle", ".partial"]
+
+
 async def start_rollout(cloud, bundle, devices: int, **plan) -> str:
     for number in range(devices):
         status = encode_control(Status("online", model="0" * 32))
@@ -281,6 +294,13 @@ async def test_the_audit_trail_shows_what_was_changed_in_it(fleet):
     async with fleet.parts.store.write() as connection:
         await connection.execute(update(tables.audit).where(tables.audit.c.number == 2).values(target="x/*"))
     assert await audit.verify(fleet.parts.store) == 2
+
+
+async def test_without_a_broker_an_order_is_503(fleet):
+    fleet.transport.connected = False
+    answer = await fleet.http.post("/v1/devices/ward/pi-1/commands", json={"name": "restart"})
+    assert (answer.status_code, answer.json()["reason"]) == (503, "broker")
+    assert answer.headers["retry-after"] == "5"
 
 
 async def test_labels_give_the_accuracy(cloud):
