@@ -12,6 +12,9 @@ from splitward.training.remote.plan import Plan
 from splitward.wire.training import Phase, TrainingMessage
 
 MAX_HALF_PARTS = 256
+MAX_VALUE = 1e6
+"""Nothing honest comes near it. Under values near the end of float32 the loss is infinite, which ends a training for
+all; under these it is finite (our choice, between the two)."""
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -96,6 +99,8 @@ def check_request(
         raise TrainingError("the request before this one waits for its answer.")
     if message.plan != plan.digest:
         raise TrainingError("the plan is not this training's.")
+    if message.phase in (Phase.STEP, Phase.BACK, Phase.EVALUATE):
+        _check_values(message)
     if message.phase is Phase.STEP:
         _check_step(message, plan, member)
     elif message.phase is Phase.BACK:
@@ -128,6 +133,12 @@ def _check_join(message: TrainingMessage, plan: Plan, session: Session) -> None:
         raise TrainingError(f"this is no request to join: {error}.") from error
     if len(key) != 32 or not 2 <= join.frames <= 1 << 31:
         raise TrainingError("a client joins with a key of 32 bytes and at least 2 frames.")
+
+
+def _check_values(message: TrainingMessage) -> None:
+    largest = max((abs(float(end)) for end in (message.values.min(), message.values.max())), default=0.0)
+    if largest * message.scale > MAX_VALUE:
+        raise TrainingError(f"values up to {largest * message.scale:.3g}: over {MAX_VALUE:g} is refused.")
 
 
 def _check_step(message: TrainingMessage, plan: Plan, member: Member) -> None:

@@ -136,6 +136,7 @@ def test_another_trainings_message_and_a_lost_folder_are_refused(dataset, tmp_pa
         ({"labels": message.labels[:1]}, "do not fit the plan"),
         ({"labels": message.labels[:0]}, "do not fit the plan"),
         ({"labels": np.full_like(message.labels, 99)}, "label 99"),
+        ({"values": np.full_like(message.values, -3e38)}, "values up to 3e+38"),
     ):
         ((_, refusal),) = server.handle(client.device, encode_training(replace(message, **wrong)))
         assert decode_training(refusal).phase is Phase.REFUSED
@@ -203,6 +204,7 @@ def test_no_request_of_a_member_ends_the_cloud(dataset, labels, asked_before, ho
         for device, reply in server.handle(client.device, encode_training(message)):
             assert device == client.device
             assert decode_training(reply).sequence == message.sequence
+    assert server.failure == ""
 
 
 def told_in_json(content: bytes) -> dict[str, Any]:
