@@ -149,7 +149,7 @@ def measure_parity(bench: Bench) -> dict[str, Any]:
     agreement, errors = {}, {}
     for variant in sorted(here):
         noise = torch.from_numpy(
-            np.stack([keyed_noise(bytes(32), quantise(one, law.grid)) for one in here[variant]])
+            np.stack([keyed_noise(bytes(32), quantise(one, law.grid), law) for one in here[variant]])
         )
         with torch.no_grad():
             classes = [

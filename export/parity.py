@@ -85,7 +85,7 @@ def _noise(reference: NDArray[np.float32], law: ReleaseLaw) -> torch.Tensor | No
     """The same noise for every variant, so that what differs is the variant."""
     if law.dtype == "float32":
         return None
-    return torch.from_numpy(np.stack([keyed_noise(_SECRET, quantise(one, law.grid)) for one in reference]))
+    return torch.from_numpy(np.stack([keyed_noise(_SECRET, quantise(one, law.grid), law) for one in reference]))
 
 
 def _accuracy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from statistics import NormalDist
 
 import numpy as np
@@ -19,15 +20,16 @@ from splitward.wire.tensor import dequantise, quantise
 SECRET = bytes(range(32))
 LAW = ReleaseLaw((16,), "int8", bound=1.0, sigma=0.3)
 ACTIVATION = np.linspace(-1, 1, 16, dtype=np.float32)
-RELEASED = [-85, -2, -63, -25, -26, -28, -32, -14, -2, -37, 13, 19, 15, 54, 77, 81]
-ODD_NOISE = [-0.5021484951556022, -0.9867206264668373, -1.2121756758384656]
+RELEASED = [-79, -63, -42, -54, -30, -32, -15, -47, -31, 34, 7, 39, 26, 27, 69, 95]
+ODD_NOISE = [-0.7159696601774882, 0.052113680058352325, -2.1626314721962756]
 DRAWS, SIZE = 400, 64
 
 
-def specified_noise(secret: bytes, clean: list[int]) -> list[float]:
+def specified_noise(secret: bytes, clean: list[int], law: ReleaseLaw) -> list[float]:
     """docs/wire.md, section 2, in plain Python: a second reading of the text."""
     count = len(clean) + len(clean) % 2
-    key = hashlib.blake2b(bytes(value & 0xFF for value in clean), key=secret).digest()
+    person = struct.pack("<d", law.bound) + struct.pack("<d", law.sigma)
+    key = hashlib.blake2b(bytes(value & 0xFF for value in clean), key=secret, person=person).digest()
     stream = b"".join(
         hashlib.blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range((count + 7) // 8)
     )
@@ -44,22 +46,22 @@ def test_golden_release() -> None:
 
 
 def test_golden_noise_of_an_odd_count() -> None:
-    assert keyed_noise(SECRET, np.array([-127, 0, 127], np.int8)) == pytest.approx(ODD_NOISE, rel=1e-12)
+    assert keyed_noise(SECRET, np.array([-127, 0, 127], np.int8), LAW) == pytest.approx(ODD_NOISE, rel=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.lists(st.integers(-127, 127), min_size=1, max_size=40))
 def test_noise_is_what_the_specification_says(secret: bytes, clean: list[int]) -> None:
-    noise = keyed_noise(secret, np.array(clean, np.int8))
-    assert noise == pytest.approx(specified_noise(secret, clean), rel=1e-9, abs=1e-9)
+    noise = keyed_noise(secret, np.array(clean, np.int8), LAW)
+    assert noise == pytest.approx(specified_noise(secret, clean, LAW), rel=1e-9, abs=1e-9)
 
 
 def test_noise_depends_on_values_in_c_order_and_takes_their_shape() -> None:
     clean = np.arange(24, dtype=np.int8).reshape(2, 3, 4)
-    noise = keyed_noise(SECRET, clean)
+    noise = keyed_noise(SECRET, clean, LAW)
     assert noise.shape == clean.shape
-    assert noise.ravel().tolist() == keyed_noise(SECRET, clean.ravel()).tolist()
-    assert noise.tolist() == keyed_noise(SECRET, np.asfortranarray(clean)).tolist()
+    assert noise.ravel().tolist() == keyed_noise(SECRET, clean.ravel(), LAW).tolist()
+    assert noise.tolist() == keyed_noise(SECRET, np.asfortranarray(clean), LAW).tolist()
 
 
 def test_the_same_frame_carries_the_same_noise() -> None:
@@ -71,7 +73,14 @@ def test_another_secret_gives_other_noise() -> None:
     clean = quantise(ACTIVATION, LAW.grid)
     for bit in (0, 100, 255):
         other = (int.from_bytes(SECRET, "big") ^ 1 << bit).to_bytes(32, "big")
-        assert (keyed_noise(other, clean) != keyed_noise(SECRET, clean)).all()
+        assert (keyed_noise(other, clean, LAW) != keyed_noise(SECRET, clean, LAW)).all()
+
+
+@pytest.mark.parametrize(("bound", "sigma"), [(1.0, 0.5), (1.5, 0.3)])
+def test_another_law_gives_other_noise(bound: float, sigma: float) -> None:
+    """From two sigmas over one noise, the activation could be solved for."""
+    clean, other = quantise(ACTIVATION, LAW.grid), ReleaseLaw((16,), "int8", bound=bound, sigma=sigma)
+    assert (keyed_noise(SECRET, clean, other) != keyed_noise(SECRET, clean, LAW)).all()
 
 
 @pytest.mark.parametrize("place", [0, 7, 15])
@@ -79,7 +88,7 @@ def test_one_changed_grid_step_gives_other_noise_everywhere(place: int) -> None:
     clean = quantise(ACTIVATION, LAW.grid)
     changed = clean.copy()
     changed[place] += 1 if changed[place] < 127 else -1
-    assert (keyed_noise(SECRET, changed) != keyed_noise(SECRET, clean)).all()
+    assert (keyed_noise(SECRET, changed, LAW) != keyed_noise(SECRET, clean, LAW)).all()
 
 
 def test_the_last_bits_of_a_float_do_not_change_the_noise() -> None:
@@ -96,7 +105,7 @@ def noise() -> NDArray[np.float64]:
     """Noise of `DRAWS` activations that differ in one grid step each, [DRAWS, SIZE]."""
     clean = np.zeros((DRAWS, SIZE), np.int8)
     clean[:, :2] = [divmod(number, 100) for number in range(DRAWS)]
-    return np.stack([keyed_noise(SECRET, row) for row in clean])
+    return np.stack([keyed_noise(SECRET, row, LAW) for row in clean])
 
 
 def test_noise_has_mean_0_and_deviation_1(noise: NDArray[np.float64]) -> None:

@@ -109,7 +109,7 @@ def test_float_path_decides_exactly_as_the_reference(deployed: Deployed) -> None
     model = deployed._model("onnx-float32")
     frames = deployed._frames(count)
     clean = np.stack([quantise(model.activation(frame), model.law.grid) for frame in frames])
-    noise = torch.from_numpy(np.stack([keyed_noise(SECRET, one) for one in clean]))
+    noise = torch.from_numpy(np.stack([keyed_noise(SECRET, one, model.law) for one in clean]))
     with torch.no_grad():
         passes = [
             deployed.network(torch.from_numpy(frames[start : start + 500]), noise[start : start + 500])
