@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitward.audit.attack import Attack
-from splitward.audit.averaging import Averaging
+from splitward.audit.averaging import STRONGEST, Averaging
 from splitward.audit.decoder import LABELLED, LARGE, MEDIUM, RESIDUAL, SMALL
 from splitward.audit.dense import DenseGradient
 from splitward.audit.gan import Gan
@@ -36,7 +36,7 @@ def _at(effort: float, attack: Any) -> Attack:
 _GRADIENTS = tuple(ClientGradient(method=method) for method in ("dlg", "idlg", "inverting"))
 
 FULL = _named(
-    Ridge(), Neighbour(), SMALL, MEDIUM, LARGE, RESIDUAL, LABELLED, Gan(), Averaging(),
+    Ridge(), Neighbour(), SMALL, MEDIUM, LARGE, RESIDUAL, LABELLED, Gan(), Averaging(), STRONGEST,
     Optimise(), Prior(), UnSplit(), CutGradient(), *_GRADIENTS, DenseGradient(),
 )  # fmt: skip
 QUICK = {name: _at(0.5, attack) for name, attack in FULL.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from splitward.audit.attack import Case, ThreatModel
-from splitward.audit.decoder import MEDIUM, DecoderAttack, decode
+from splitward.audit.decoder import MEDIUM, RESIDUAL, DecoderAttack, decode
 from splitward.audit.practice import Practice
 from splitward.training.loop import reproducible
 
@@ -33,18 +33,28 @@ class Averaging:
 
     Attributes
     ----------
+    name : str
     decoder : DecoderAttack
     effort : float
         Multiplies the decoder's steps.
     """
 
+    name: str = "averaging"
     decoder: DecoderAttack = MEDIUM
     effort: float = 1.0
 
     @property
     def card(self) -> ThreatModel:
         """Who the attacker is."""
-        return CARD
+        if not self.decoder.labelled:
+            return replace(CARD, name=self.name)
+        return replace(
+            CARD,
+            name=self.name,
+            title=f"{CARD.title} of a known label, mostly for SSIM",
+            knows=(*CARD.knows, "auxiliary labels", "label of the target"),
+            method=f"{CARD.method} The decoder is told the label of each image.",
+        )
 
     def reconstruct(self, case: Case, seed: int) -> Tensor:
         """[M, C, H, W]."""
@@ -52,3 +62,7 @@ class Averaging:
         with reproducible(seed):
             trained = budget.train(case, Practice(case, captures=len(case.captures)))
             return decode(trained, case.captures.mean(0), case.labels)
+
+
+STRONGEST = Averaging("averaging-residual", replace(RESIDUAL, labelled=True, steps=3200))
+"""Everything that helps against a noised release at once: captures, label, SSIM as the aim, and time to learn."""

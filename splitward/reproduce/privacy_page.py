@@ -8,13 +8,16 @@ from typing import Any
 from splitward.reproduce.paper_page import table
 from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attacker_seeds
 
+UNEVEN = 0.05
+"""Deviation of a defence's accuracies over which the page tells each of them."""
 _READ = """\
-How to read them: docs/method.md. `worst SSIM` is the strongest attack at inference (mean over target networks and
-attackers), `least MSE` likewise. The floors need nothing but the label: the mean image of each class, and for SSIM
-the image of each class that was drawn to have the highest (an attacker who knows the label sends that one). No
-accurate classifier can leak less. `sealed` is attacked by every attack with every attacker's seed, `none` and
-`psgl` by every attack once and by the six strongest with the other seeds, the others by these six: a defence that
-was attacked less can only look better. Attacks on training are in `privacy.json`, apart.
+How to read them: docs/method.md. `worst SSIM` and `least MSE` are those of the attack at inference that gains most over
+what the label alone allows on its targets, which stands in brackets; means over target networks and attackers, ± the
+standard deviation of the networks' means where there are two or more. The floors need nothing but the label: the mean
+image of each class, and for SSIM the image of each class that was drawn to have the highest (an attacker who knows the
+label sends that one). No accurate classifier can leak less. `sealed` is attacked by every attack with every attacker's
+seed, `none` and `psgl` by every attack once and by the six strongest on them with the other seeds, the others by these
+six: a defence that was attacked less can only look better. Attacks on training are in `privacy.json`, apart.
 """
 
 
@@ -27,28 +30,30 @@ def privacy_page(results: dict[str, Any]) -> str:
     ]
     for name, plan in PLANS.items():
         if name in results:
-            parts.append(_data_set(name, results[name], f"{plan.epochs} epochs, batch {plan.batch}; at most "
-                                   f"{plan.auxiliary} auxiliary images and {plan.targets} targets"))  # fmt: skip
+            parts.append(_data_set(name, results[name], f"{plan.epochs} epochs, batch {plan.batch}"))
     if fsha := results.get("fsha"):
         parts.append(_fsha(fsha))
     return "\n".join(parts)
 
 
 def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
-    rows, floors = found["defences"], found["floors"]
+    rows, floors = (
+        {name: row for name, row in found["defences"].items() if "worst_ssim" in row},
+        found["floors"],
+    )
     cells = [
         (
             defence,
             _percent(row["accuracy"], row["accuracy_std"]),
             f"{row['auc']:.4f}",
-            _spread(row.get("worst_ssim"), row.get("worst_ssim_std", 0.0), 3),
-            row.get("worst_attack", ""),
-            _spread(row.get("min_mse"), 0.0, 4),
-            row.get("min_mse_attack", ""),
+            _spread(row["worst_ssim"], row["worst_ssim_std"], 3) + f" ({row['worst_ssim_floor']:.3f})",
+            row["worst_attack"],
+            f"{row['min_mse']:.4f} ({row['min_mse_floor']:.4f})",
+            row["min_mse_attack"],
             str(row["released_bytes"]),
             f"{row['target_seeds']} x {row['attackers']}",
         )
-        for defence, row in sorted(rows.items(), key=lambda item: item[1].get("worst_ssim", 2))
+        for defence, row in sorted(rows.items(), key=lambda item: item[1]["worst_ssim"])
     ]
     header = (
         "defence",
@@ -70,7 +75,7 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
     lines = [
         f"## {name}\n",
         f"![Accuracy against leakage](privacy-{name}.png)\n",
-        f"{schedule}.\n",
+        f"{schedule}; {_counts(rows)}.\n",
         table(header, cells),
         "\nFloors: " + "; ".join(
             f"{floor.replace('_', ' ')} SSIM {one['ssim']:.3f}, MSE {one['mse']:.4f}" for floor, one in floors.items()
@@ -81,9 +86,30 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
             f"Not complete: {', '.join(missing)} with fewer than {len(TARGET_SEEDS)} targets or fewer attackers "
             "than planned. The same command goes on.\n"
         )
+    if uneven := [f"{name}: {_each(row)}" for name, row in rows.items() if row["accuracy_std"] > UNEVEN]:
+        lines.append(f"Networks that learned unlike (accuracy of each): {'; '.join(uneven)}.\n")
+    if failing := found["failing_attacks"]:
+        lines.append(
+            f"Of the attacks, {', '.join(failing)} did worse than the mean image on *none*, where nothing is defended: "
+            "at this budget they show nothing here.\n"
+        )
     if sealed := rows.get("sealed"):
         lines.append(_sealed(sealed, found["certificate"]))
     return "\n".join(lines)
+
+
+def _counts(rows: dict[str, Any]) -> str:
+    """Images that the attackers had, and targets; with what the mean over so few is worth."""
+    row = rows.get("sealed") or next(iter(rows.values()))
+    error = row["attacks"][row["worst_attack"]]["ssim_error"]
+    return (
+        f"{row['auxiliary']} auxiliary images, {row['targets']} targets, over which a mean SSIM has a standard error "
+        f"of {error:.3f}"
+    )
+
+
+def _each(row: dict[str, Any]) -> str:
+    return ", ".join(f"{100 * accuracy:.1f} %" for accuracy in row["accuracies"])
 
 
 def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
@@ -118,7 +144,7 @@ def _fsha(found: dict[str, Any]) -> str:
         (
             profile,
             told,
-            "yes" if one["detected"] else "no",
+            ("yes" if one["detected_in_time"] else "late") if one["detected"] else "no",
             ", ".join(str(step or "-") for step in one["step_at_detection"]),
             _spread(one["ssim_at_detection"], 0.0, 3),
             f"{one['ssim_final_without_guard']:.3f}",

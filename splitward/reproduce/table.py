@@ -55,6 +55,7 @@ def make_table(folder: Path) -> dict[str, Any]:
             "floors": floors,
             "undefended_accuracy": rows["none"]["accuracy"] if "none" in rows else None,
             "defences": rows,
+            "failing_attacks": _failing(rows["none"], floors) if "none" in rows else [],
             "frontier": [point.name for point in frontier(_points(rows))],
             "certificate": _certificate(defences.get("sealed", [])),
         }
@@ -78,14 +79,20 @@ def _floors(trainings: Sequence[Line]) -> dict[str, Any]:
 
 
 def _defence(targets: list[list[Line]]) -> dict[str, Any]:
-    """One defence: means over its target networks, and the worst attack."""
+    """One defence: means over its target networks, and the worst attack.
+
+    The worst is the one that gains most over what the label alone allows on the very targets that it attacked: those
+    with fewer targets may have had easier ones. A deviation is that of the target networks' means, where there are two
+    or more.
+    """
     trainings = _trainings(targets)
     attacks = _attacks(targets, "deployed")
     off = _attacks(targets, "map off")
     accuracies = [one["test"]["decision"] for one in trainings]
     row: dict[str, Any] = {
         "accuracy": round(fmean(accuracies), 5),
-        "accuracy_std": round(stdev(accuracies), 5) if len(accuracies) > 1 else 0.0,
+        "accuracy_std": _deviation(accuracies),
+        "accuracies": accuracies,
         "streams": {
             name: round(fmean(one["test"][name] for one in trainings), 5) for name in trainings[0]["test"]
         },
@@ -97,14 +104,20 @@ def _defence(targets: list[list[Line]]) -> dict[str, Any]:
     }
     passive = {name: one for name, one in attacks.items() if one["phase"] == "inference"}
     if passive:
-        by_ssim = max(passive, key=lambda name: passive[name]["ssim"])
-        by_mse = min(passive, key=lambda name: passive[name]["mse"])
+        by_ssim = max(passive, key=lambda name: passive[name]["ssim"] - passive[name]["class_template_ssim"])
+        by_mse = min(
+            passive, key=lambda name: passive[name]["mse"] / max(passive[name]["class_mean_mse"], 1e-12)
+        )
         row |= {
             "worst_ssim": passive[by_ssim]["ssim"],
             "worst_ssim_std": passive[by_ssim]["ssim_std"],
+            "worst_ssim_floor": passive[by_ssim]["class_template_ssim"],
             "worst_attack": by_ssim,
             "min_mse": passive[by_mse]["mse"],
+            "min_mse_floor": passive[by_mse]["class_mean_mse"],
             "min_mse_attack": by_mse,
+            "targets": passive[by_ssim]["targets"],
+            "auxiliary": trainings[0]["auxiliary"],
         }
     more = _attacks(targets, MORE_BUDGET)
     return (
@@ -117,15 +130,12 @@ def _defence(targets: list[list[Line]]) -> dict[str, Any]:
 
 def _moved(more: dict[str, Any], targets: Sequence[list[Line]]) -> dict[str, Any]:
     """By how much more budget moves the strongest attack's SSIM, on the cell where it was tried."""
-    (name, with_more), *_ = more.items()
-    keys = [line["key"] for lines in targets for line in lines if line["key"].get("attacked") == MORE_BUDGET]
-    (once,) = (
-        line["result"]["ssim"]["mean"]
-        for lines in targets
-        for line in lines
-        if (line["key"].get("attacked"), line["key"].get("attack"), line["key"].get("seed"))
-        == ("deployed", name, keys[0]["seed"])
-    )
+    name, with_more = max(more.items(), key=lambda item: item[1]["ssim"])
+    seeds: dict[str, dict[int, float]] = {path: {} for path in ("deployed", MORE_BUDGET)}
+    for line in (line for lines in targets for line in lines if line["key"].get("attack") == name):
+        if (path := line["key"]["attacked"]) in seeds:
+            seeds[path][line["key"]["seed"]] = line["result"]["ssim"]["mean"]
+    once = fmean(seeds["deployed"][seed] for seed in seeds[MORE_BUDGET])
     return {
         "attack": name,
         "times": TIMES,
@@ -145,16 +155,24 @@ def _attackers(targets: Sequence[list[Line]]) -> int:
 
 
 def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
+    """Each attack's figures: means over its cells, and the deviation of the target networks' means."""
     cells: dict[str, list[Line]] = defaultdict(list)
+    by_target: dict[str, list[float]] = defaultdict(list)
     for lines in targets:
+        own: dict[str, list[Line]] = defaultdict(list)
         for line in lines:
             if line["key"].get("attacked") == attacked:
-                cells[line["key"]["attack"]].append(line["result"])
+                own[line["key"]["attack"]].append(line["result"])
+        for name, found in own.items():
+            cells[name] += found
+            by_target[name].append(fmean(cell["ssim"]["mean"] for cell in found))
     return {
         name: {
             "phase": QUICK[name].card.phase,
+            "targets": found[0]["targets"],
             "ssim": round(fmean(cell["ssim"]["mean"] for cell in found), 5),
-            "ssim_std": round(stdev(cell["ssim"]["mean"] for cell in found), 5) if len(found) > 1 else 0.0,
+            "ssim_std": _deviation(by_target[name]),
+            "ssim_error": round(fmean(_standard_error(cell) for cell in found), 5),
             "ssim_max": round(max(cell["ssim"]["mean"] for cell in found), 5),
             "mse": round(fmean(cell["mse"]["mean"] for cell in found), 6),
             "mse_min": round(min(cell["mse"]["mean"] for cell in found), 6),
@@ -168,6 +186,25 @@ def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
         for name, found in cells.items()
         if name in QUICK
     }
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return round(stdev(values), 5) if len(values) > 1 else 0.0
+
+
+def _standard_error(cell: Line) -> float:
+    """Of a cell's mean SSIM over its targets, whose deviation is read off the percentiles as if they were normal."""
+    spread = cell["ssim"]
+    return float((spread["p95"] - spread["p5"]) / (2 * 1.645) / cell["targets"] ** 0.5)
+
+
+def _failing(none: dict[str, Any], floors: dict[str, Any]) -> list[str]:
+    """Attacks at inference that do worse than the mean image where nothing is defended: they show nothing here."""
+    return [
+        name
+        for name, one in none["attacks"].items()
+        if one["phase"] == "inference" and one["mse"] > floors["mean_image"]["mse"]
+    ]
 
 
 def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
@@ -221,11 +258,11 @@ def _points(rows: dict[str, Any]) -> list[Point]:
 def write_table(out: Path, kind: str = "privacy") -> dict[str, Any]:
     """Write `KIND.json` and a plot for each data set, and the page of the privacy table; returns the table.
 
-    What `splitward reproduce hijack` left in OUT/hijack.json is taken into the privacy table.
+    What `splitward reproduce hijack` left in OUT/hijack*.json is taken into the privacy table.
     """
     table = make_table(out / kind) | {"command": COMMANDS[kind]}
     if kind == "privacy":
-        table |= _fsha(out / "hijack.json")
+        table |= _fsha(sorted(out.glob("hijack*.json")))
         write_atomically(out / "privacy.md", privacy_page(table))
     write_atomically(out / f"{kind}.json", json.dumps(table, indent=2) + "\n")
     for data, one in table.items():
@@ -241,16 +278,21 @@ def write_table(out: Path, kind: str = "privacy") -> dict[str, Any]:
     return table
 
 
-def _fsha(path: Path) -> dict[str, Any]:
-    """The hijacking trial: the figures of `sealed` against the published attack, then all of them by profile."""
-    if not path.exists():
+def _fsha(paths: Sequence[Path]) -> dict[str, Any]:
+    """The hijacking trials: the figures of `sealed` against the published attack, then all of them by profile."""
+    if not paths:
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    profiles = {name: row for name, row in found.items() if isinstance(row, dict) and "false_alarms" in row}
+    trials = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    profiles = {
+        name: row
+        for found in trials
+        for name, row in found.items()
+        if isinstance(row, dict) and "false_alarms" in row
+    }
     named = ("detected", "ssim_at_detection", "false_alarms", "honest_trainings", "floor_ssim")
     short = {name: _without_curves(row) for name, row in profiles.items()}
     first = {key: short["sealed"][key] for key in named} if "sealed" in short else {}
-    return {"fsha": {**first, "profiles": short, "command": found["command"]}}
+    return {"fsha": {**first, "profiles": short, "command": "; ".join(found["command"] for found in trials)}}
 
 
 def _without_curves(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ DEFENCES = ("none", "sealed", "label")
 def told(detected: bool, at: list[int | None], ssim: float | None) -> dict[str, object]:
     return {
         "detected": detected,
+        "detected_in_time": detected and at != [51],
         "step_at_detection": at,
         "ssim_at_detection": ssim,
         "ssim_final_without_guard": 0.5,
@@ -140,19 +141,23 @@ def test_the_page_shows_the_tables_figures(grid, monkeypatch):
     row = found["phantom"]["defences"]["sealed"]
     page = privacy_page({**found, "fsha": FSHA})
     assert f"| sealed | {100 * row['accuracy']:.2f}" in page
-    assert f"| {row['worst_ssim']:.3f} | cheat |" in page
+    assert f"| {row['worst_ssim']:.3f} ({row['worst_ssim_floor']:.3f}) | cheat |" in page
+    assert f"{row['auxiliary']} auxiliary images, 20 targets" in page
     assert "Not complete: label, none, sealed" in page
     assert "it is broken by cheat" in page
     assert "| sealed | critic told the labels | no | 40, - |  | 0.500 | 0.318 | 0 of 20 |" in page
+    assert "| sealed | critic told the labels, serves the task as well | late | 51 |" in page
     turned = "critic told the labels, turns after 40"
     assert f"| sealed | {turned} | yes | 50 | 0.110 | 0.500 | 0.318 | 0 of 20 |" in page
 
 
 def test_the_hijacking_trial_is_taken_into_the_table(grid, tmp_path):
-    (tmp_path / "hijack.json").write_text(
-        json.dumps({**FSHA["profiles"], "command": "splitward reproduce hijack"})
-    )
+    for profile, name in (("sealed", "hijack.json"), ("none", "hijack-none.json")):
+        trial = {profile: FSHA["profiles"]["sealed"], "command": f"splitward reproduce {profile}"}
+        (tmp_path / name).write_text(json.dumps(trial))
     found = write_table(tmp_path)["fsha"]
+    assert found["profiles"].keys() == {"none", "sealed"}
+    assert found["command"] == "splitward reproduce none; splitward reproduce sealed"
     assert (found["detected"], found["ssim_at_detection"], found["false_alarms"]) == (True, 0.2, 0)
     assert "curves" not in json.dumps(found)
 

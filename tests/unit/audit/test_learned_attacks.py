@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitward.audit.attack import Attack, Case
-from splitward.audit.averaging import Averaging
+from splitward.audit.averaging import STRONGEST, Averaging
 from splitward.audit.decoder import LABELLED, LARGE, MEDIUM, RESIDUAL, SMALL, Decoder, DecoderAttack
 from splitward.audit.floors import class_mean_image, mean_image
 from splitward.audit.gan import Gan
@@ -31,7 +31,10 @@ ATTACKS: dict[str, Attack] = {
     "residual": replace(BRIEF, residual=True, ssim_weight=1.0),
     "labelled": replace(BRIEF, labelled=True),
     "gan": Gan(BRIEF, critic_width=4),
-    "averaging": Averaging(BRIEF),
+    "averaging": Averaging(decoder=BRIEF),
+    "averaging-residual": Averaging(
+        "averaging-residual", replace(BRIEF, residual=True, labelled=True, ssim_weight=1.0)
+    ),
 }
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 
@@ -70,7 +73,10 @@ def error(attack: Attack, case: Case, originals: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "attack",
-    [replace(ATTACKS[name], effort=3.0) for name in ("decoder", "residual", "labelled", "gan", "averaging")],
+    [
+        replace(ATTACKS[name], effort=3.0)
+        for name in ("decoder", "residual", "labelled", "gan", "averaging", "averaging-residual")
+    ],
     ids=lambda attack: attack.card.name,
 )
 def test_decoders_invert_an_undefended_cut(attack: Attack) -> None:
@@ -115,7 +121,9 @@ def test_more_auxiliary_images_never_help_the_defender(attack: Attack) -> None:
     assert error(attack, *many) <= error(attack, *few) + 3e-3
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "labelled"])
+@pytest.mark.parametrize(
+    "name", [name for name, one in ATTACKS.items() if "label of the target" not in one.card.knows]
+)
 def test_pure_noise_gives_no_more_than_the_mean_image(name: str) -> None:
     case, originals = case_for("sealed", sigma=1e4)
     nothing = mse(mean_image(case.auxiliary, len(originals)), originals).mean().item()
@@ -132,7 +140,10 @@ def test_the_label_alone_gives_the_class_mean() -> None:
 def test_averaging_gains_from_captures() -> None:
     case, originals = case_for("sealed", captures=8)
     noisy = replace(case, captures=case.captures[:1])
-    assert error(Averaging(BRIEF), case, originals) <= error(Averaging(BRIEF), noisy, originals) + 1e-3
+    assert (
+        error(Averaging(decoder=BRIEF), case, originals)
+        <= error(Averaging(decoder=BRIEF), noisy, originals) + 1e-3
+    )
 
 
 def test_noise_is_drawn_afresh_at_every_draw() -> None:
@@ -154,10 +165,12 @@ def test_too_few_auxiliary_images_are_refused() -> None:
 
 def test_every_attack_has_its_own_name() -> None:
     cards = [
-        a.card for a in (Ridge(), Neighbour(), SMALL, MEDIUM, LARGE, RESIDUAL, LABELLED, Gan(), Averaging())
+        a.card
+        for a in (Ridge(), Neighbour(), SMALL, MEDIUM, LARGE, RESIDUAL, LABELLED, Gan(), Averaging(), STRONGEST)
     ]
     assert len({card.name for card in cards}) == len(cards)
-    assert "label of the target" in LABELLED.card.knows
+    for attack in (LABELLED, STRONGEST):
+        assert "label of the target" in attack.card.knows
 
 
 @pytest.mark.parametrize(
