@@ -7,18 +7,21 @@ reach the broker must not be able to claim that it can.
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from edge.system.site import AGENT_ID
 from edge.system.slot import Loader, current_slot, find_loader
 from splitward.config import read_config
+from splitward.errors import SplitwardError
 
 HOLD_S = 5.0
 """A broker that refuses the device closes the connection sooner."""
 DEADLINE_S = 900.0
 POLL_S = 1.0
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+SETTINGS = Path("/etc/splitward/edge.toml")
 _ESTABLISHED = "01"
 
 
@@ -34,13 +37,26 @@ def connections(port: int, user: int, tables: tuple[Path, ...]) -> frozenset[str
     return frozenset(found)
 
 
-def wait_for_checkin(port: int, user: int, tables: tuple[Path, ...], deadline_s: float) -> bool:
-    """Whether one connection was held for `HOLD_S` before `deadline_s` seconds had passed."""
+def wait_for_checkin(settings: Path, user: int, tables: tuple[Path, ...], deadline_s: float) -> bool:
+    """Whether one connection to the broker of `settings` was held for `HOLD_S` before `deadline_s` had passed.
+
+    A version that cannot use its settings (edge.toml) has no broker to connect to. It waits all the same: somebody
+    may mend them meanwhile.
+    """
+    from edge.config import EdgeConfig  # a slot that is not on trial does without
+
     since: dict[str, float] = {}
+    said = ""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         now = time.monotonic()
-        open_now = connections(port, user, tables)
+        open_now: frozenset[str] = frozenset()
+        try:
+            open_now = connections(read_config(settings, EdgeConfig).broker.port, user, tables)
+        except SplitwardError as error:
+            if str(error) != said:
+                said = str(error)
+                print(f"no broker to check in with: {said}", file=sys.stderr, flush=True)
         since = {inode: since.get(inode, now) for inode in open_now}
         if any(now - first >= HOLD_S for first in since.values()):
             return True
@@ -66,15 +82,9 @@ def main() -> int:
     loader = find_loader()
     if not loader.on_trial(current_slot()):
         return 0
-    if settle(loader, wait_for_checkin(_broker_port(), AGENT_ID, TABLES, DEADLINE_S)):
+    if settle(loader, wait_for_checkin(SETTINGS, AGENT_ID, TABLES, DEADLINE_S)):
         subprocess.run(["systemctl", "reboot"], check=False)
     return 0
-
-
-def _broker_port() -> int:
-    from edge.config import EdgeConfig
-
-    return read_config(Path("/etc/splitward/edge.toml"), EdgeConfig).broker.port
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from edge.errors import SystemUpdateError
-from edge.system.checkin import connections
+from edge.system.checkin import connections, settle, wait_for_checkin
 from edge.system.site import UpdateConfig
+from edge.system.slot import SystemdBoot, current_slot
 from edge.system.update import Release, fetch_bundle, fetch_release
 
 DATA = bytes(range(256)) * 4096
@@ -116,3 +117,34 @@ def test_only_the_agents_own_connections_to_the_broker_count(tmp_path: Path) -> 
     ]
     table.write_text("\n".join(rows) + "\n")
     assert connections(8883, 900, (table, tmp_path / "tcp6")) == {"111"}
+
+
+BROKEN = '[broker]\nhost = "x"\nold_key = 1\n'
+
+
+def test_a_version_that_cannot_use_its_settings_has_not_checked_in(tmp_path: Path, capsys: Any) -> None:
+    settings = tmp_path / "edge.toml"
+    assert not wait_for_checkin(settings, 900, (), 0.1)
+    settings.write_text(BROKEN)
+    assert not wait_for_checkin(settings, 900, (), 0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("edge.toml: ")[2][:13] for line in said] == ["no such file.", "unknown key '"]
+    entries = tmp_path / "loader/entries"
+    entries.mkdir(parents=True)
+    (entries / f"slot-{current_slot()}+2-1.conf").touch()
+    assert settle(SystemdBoot(tmp_path), checked_in=False), "it must restart"
+    assert [path.name for path in entries.iterdir()] == [f"slot-{current_slot()}+2-1.conf"]
+
+
+def test_settings_that_are_mended_in_time_keep_the_slot(tmp_path: Path, monkeypatch: Any) -> None:
+    settings, table = tmp_path / "edge.toml", tmp_path / "tcp"
+    settings.write_text(BROKEN)
+    table.write_text("head\n0: 0F02000A:9C40 0202000A:22B3 01 0:0 0:0 0 900 0 111 1\n")
+    mended = threading.Timer(
+        0.2, settings.write_text, ['[device]\nid = "d"\n[broker]\nhost = "x"\nport = 8883\n']
+    )
+    monkeypatch.setattr("edge.system.checkin.HOLD_S", 0.0)
+    monkeypatch.setattr("edge.system.checkin.POLL_S", 0.01)
+    mended.start()
+    assert wait_for_checkin(settings, 900, (table,), 60.0)
+    mended.join()
