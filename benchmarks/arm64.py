@@ -186,7 +186,7 @@ def measure_system_cuts(bench: Bench) -> dict[str, Any]:
     frames = open_dataset("mnist").test.images[:CUT_FRAMES, 0]
     with (
         open_stand(folder / "stand", DEVICE, [server_card_path(bench.bundle)]) as stand,
-        serve_folder(settings.out.parent) as port,
+        serve_folder(settings.out.parent, stand.folder / "cloud.pem") as port,
         open_machine("uefi", bench.image(), stand, frames, folder, port, rate_hz=5.0) as device,
     ):
         recovered = _cut(bench, device, stand, lambda: time.sleep(draw.uniform(0.0, 40.0)))

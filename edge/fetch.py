@@ -1,4 +1,4 @@
-"""HTTPS to the cloud: JSON requests, and files that are fetched on where a broken transfer stopped."""
+"""HTTPS to the cloud and to the folder of images: small answers, and files whose broken transfer goes on."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def post_json(url: str, body: dict[str, Any], ca: str | None) -> dict[str, Any]:
     request = urllib.request.Request(  # noqa: S310  # HTTPS only, checked in _open
         url, msgspec.json.encode(body), {"Content-Type": "application/json", "Accept": "application/json"}
     )
-    try:
-        with _open(request, ca) as answer:
-            data = answer.read(MAX_ANSWER_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise _error_of(url, error) from error
+    data = _ask(request, ca)
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise FetchError("bad_answer", f"{_shown(url)}: does not answer in JSON: {error}.") from error
+
+
+def get(url: str, ca: str | None) -> bytes:
+    """First `MAX_ANSWER_BYTES` of what lies at `url`; `FetchError` as `post_json`."""
+    return _ask(urllib.request.Request(url), ca)  # noqa: S310  # HTTPS only, checked in _open
 
 
 def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, tries: int) -> None:
@@ -72,7 +73,7 @@ def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, t
         _check_space(target, size - have)
         try:
             if have < size:
-                _fetch_rest(url, target, have, sha256, size, ca)
+                _fetch_rest(url, target, have, size, ca)
             break
         except FetchError:
             raise
@@ -88,8 +89,17 @@ def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, t
         raise FetchError("wrong_hash", f"{_shown(url)}: is not the file that was announced. Announce it again.")
 
 
-def _fetch_rest(url: str, target: Path, have: int, sha256: str, size: int, ca: str | None) -> None:
-    headers = {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'} if have else {}
+def _ask(request: urllib.request.Request, ca: str | None) -> bytes:
+    try:
+        with _open(request, ca) as answer:
+            return bytes(answer.read(MAX_ANSWER_BYTES))
+    except (OSError, http.client.HTTPException) as error:
+        raise _error_of(request.full_url, error) from error
+
+
+def _fetch_rest(url: str, target: Path, have: int, size: int, ca: str | None) -> None:
+    # No If-Range: a plain web server's tags are its own, and whether the file is still the same its hash says.
+    headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310  # HTTPS only, checked in _open
     with _open(request, ca) as answer:
         goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -116,7 +126,7 @@ def _open(request: urllib.request.Request, ca: str | None) -> Any:
 
 def _check_https(url: str) -> None:
     if urllib.parse.urlsplit(url).scheme != "https":
-        raise FetchError("bad_url", f"{_shown(url)}: is no HTTPS address; the cloud is reached by HTTPS only.")
+        raise FetchError("bad_url", f"{_shown(url)}: is no HTTPS address, and nothing is fetched by any other.")
 
 
 def _check_space(target: Path, more: int) -> None:
@@ -138,7 +148,7 @@ def _error_of(url: str, error: Exception) -> FetchError:
             pass  # no problem details
         return FetchError(f"http_{error.code}", f"{_shown(url)}: {error.code} {error.reason}. {detail}".strip())
     reason = getattr(error, "reason", None) or error
-    return FetchError("unreachable", f"{_shown(url)}: {reason}. Is the address right, and `cloud.ca`?")
+    return FetchError("unreachable", f"{_shown(url)}: {reason}. Is the address right, and its `ca`?")
 
 
 def _shown(url: str) -> str:

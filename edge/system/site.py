@@ -68,7 +68,7 @@ class UpdateConfig(Struct, frozen=True, kw_only=True):
         Period of looking.
     """
 
-    url: Annotated[str, Meta(pattern=r"^https?://")]
+    url: Annotated[str, Meta(pattern=r"^https://")]
     ca: str | None = None
     every_s: Annotated[float, Meta(ge=1)] = 3600.0
 

@@ -6,17 +6,11 @@ image may be installed is the bundle's signature, which RAUC checks; `update.jso
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import os
 import random
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge.errors import SystemUpdateError
+from edge.fetch import fetch_file, get
 from edge.system.site import UpdateConfig
 from edge.system.slot import BOOT, Tryboot, find_loader
 from splitward.config import read_config
@@ -31,9 +26,7 @@ from splitward.errors import SplitwardError
 
 FOLDER = Path("/data/update")
 RELEASE = Path("/etc/splitward-release")
-TIMEOUT_S = 60.0
 MAX_BYTES = 2 << 30
-_MAX_MANIFEST = 64 << 10
 
 
 class Release(Struct, frozen=True):
@@ -46,14 +39,18 @@ class Release(Struct, frozen=True):
 
 
 def fetch_release(config: UpdateConfig) -> Release:
-    """What the folder of images offers; `SystemUpdateError` when it cannot be had."""
-    data = _request(f"{config.url.rstrip('/')}/update.json", config, 0).read(_MAX_MANIFEST)
+    """What the folder of images offers.
+
+    Raises
+    ------
+    FetchError, SystemUpdateError
+        It cannot be had, or is not what a build writes.
+    """
+    address = f"{config.url.rstrip('/')}/update.json"
     try:
-        return msgspec.json.decode(data, type=Release)
+        return msgspec.json.decode(get(address, config.ca), type=Release)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise SystemUpdateError(
-            f"{config.url}/update.json: {error}. Publish the one that the build wrote."
-        ) from error
+        raise SystemUpdateError(f"{address}: {error}. Publish the one that the build wrote.") from error
 
 
 def fetch_bundle(config: UpdateConfig, release: Release, folder: Path) -> Path:
@@ -61,51 +58,19 @@ def fetch_bundle(config: UpdateConfig, release: Release, folder: Path) -> Path:
 
     Raises
     ------
-    SystemUpdateError
+    FetchError
         It cannot be fetched, or is not what `update.json` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{release.sha256}.raucb"
     for leftover in folder.glob("*.raucb*"):
-        if not leftover.name.startswith(release.sha256):
+        if leftover != target:
             leftover.unlink()  # of another release: the partition holds one
-    if target.exists() and target.stat().st_size == release.size:
-        return target
-    partial = folder / f"{release.sha256}.raucb.partial"
-    have = partial.stat().st_size if partial.exists() else 0
-    if have > release.size:
-        partial.unlink()
-        have = 0
-    if have < release.size:
-        _go_on(config, release, partial, have)
-    digest = hashlib.sha256()
-    with partial.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != release.sha256:
-        partial.unlink()
-        raise SystemUpdateError(f"{release.file}: is not what update.json says; it is fetched anew next time.")
-    partial.replace(target)
+    # Once: the next look is the next attempt.
+    fetch_file(
+        f"{config.url.rstrip('/')}/{release.file}", target, release.sha256, release.size, config.ca, tries=1
+    )
     return target
-
-
-def _go_on(config: UpdateConfig, release: Release, partial: Path, have: int) -> None:
-    address = f"{config.url.rstrip('/')}/{urllib.parse.quote(release.file)}"
-    answer = _request(address, config, have)
-    if have and answer.status != 206:
-        have = 0  # a server without ranges gives the whole again
-    left = release.size - have
-    try:
-        with partial.open("ab" if have else "wb") as file:
-            while left and (chunk := answer.read(min(left, 1 << 18))):
-                file.write(chunk)
-                left -= len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, http.client.HTTPException) as error:
-        raise SystemUpdateError(f"{address}: {error}. The fetch goes on from here next time.") from error
-    if left:
-        raise SystemUpdateError(f"{address}: ended {left} bytes early. The fetch goes on from here next time.")
 
 
 def install(bundle: Path, release: Release) -> None:
@@ -163,18 +128,6 @@ def main() -> int:
     words = ["--reboot-argument=0 tryboot"] if isinstance(find_loader(BOOT), Tryboot) else []
     subprocess.run(["systemctl", "reboot", *words], check=False)
     return 0
-
-
-def _request(address: str, config: UpdateConfig, start: int) -> http.client.HTTPResponse:
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-        raise SystemUpdateError(f"{address}: is no http or https address. Correct `[update] url` of site.toml.")
-    context = ssl.create_default_context(cafile=config.ca)
-    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})  # noqa: S310 -- checked above
-    try:
-        answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context)  # noqa: S310  # http or https, checked above
-    except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
-        raise SystemUpdateError(f"{address}: {error}. The device looks again later.") from error
-    return answer
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ def site_text(stand: Stand, update_port: int | None, rate_hz: float) -> str:
         },
     }
     if update_port is not None:
-        tables["update"] = {"url": f"http://{GUEST_HOST}:{update_port}", "every_s": 2.0}
+        tables["update"] = {"url": f"https://{GUEST_HOST}:{update_port}", "every_s": 2.0}
+        tables["update"] |= {"ca": f"{IMPORTS}/ca.pem"}
     if stand.enrols:
         url = f"https://{GUEST_HOST}:{stand.api_port}"
         tables["enrolment"] = {"url": url, "token": stand.token, "ca": f"{IMPORTS}/ca.pem"}
@@ -156,15 +158,22 @@ def site_text(stand: Stand, update_port: int | None, rate_hz: float) -> str:
 
 
 @contextmanager
-def serve_folder(folder: Path) -> Iterator[int]:
-    """Port of the loopback at which the files of `folder` are served."""
+def serve_folder(folder: Path, certificate: Path) -> Iterator[int]:
+    """Port of the loopback at which the files of `folder` are served by HTTPS.
+
+    The server's key lies beside its `certificate`, such as `cloud.key` beside the stand's `cloud.pem`.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
     handler = functools.partial(Handler, directory=str(folder))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        # A device whose power goes amid the handshake holds up its own thread alone.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server.server_address[1]

@@ -75,7 +75,7 @@ def test_it_updates_itself_and_a_broken_slot_gives_way(
     assert stand.listener is not None
     listener = stand.listener
     with (
-        serve_folder(images.updates) as port,
+        serve_folder(images.updates, stand.folder / "cloud.pem") as port,
         open_machine("uefi", images.first, stand, model.images[:20], tmp_path, update_port=port) as device,
     ):
         device.wait(lambda: "is fetched; installing" in device.read_serial(), FIRST_ACK_S, "the update")

@@ -77,7 +77,7 @@ def test_an_empty_site_is_one_that_starts(tmp_path: Path) -> None:
         ('[network]\naddress = "here; rm"', "address"),
         ('[network.wifi]\nname = "a"\npassphrase = "short"\ncountry = "DE"', "passphrase"),
         ('ssh_keys = ["a\\nb"]', "ssh_keys"),
-        ('[update]\nurl = "ftp://x"', "url"),
+        ('[update]\nurl = "http://x"', "url"),
         ("format = 2", "format"),
         ("hostname =", "is not TOML"),
     ],

@@ -1,10 +1,11 @@
-"""The fetch of a system update against a real HTTP server, and the check-in against a table of connections."""
+"""The fetch of a system update against a real HTTPS server, and the check-in against a table of connections."""
 
 from __future__ import annotations
 
 import hashlib
 import http.server
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,18 @@ from typing import Any, ClassVar
 
 import pytest
 
-from edge.errors import SystemUpdateError
+from edge.errors import FetchError, SystemUpdateError
 from edge.system.checkin import connections, settle, wait_for_checkin
 from edge.system.site import UpdateConfig
 from edge.system.slot import SystemdBoot, current_slot
 from edge.system.update import Release, fetch_bundle, fetch_release
+from firmware_sim.authority import Authority
 
 DATA = bytes(range(256)) * 4096
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `DATA` with ranges, and breaks off after `limit` bytes of a body."""
+    """Serves `DATA` with ranges and a tag of its own, as web servers do; breaks off after `limit` bytes of a body."""
 
     limit: ClassVar[int] = len(DATA)
     ranges: ClassVar[bool] = True
@@ -32,10 +34,15 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        if self.headers.get("If-Range", '"tag"') != '"tag"':
+            start = 0
         body = self.manifest if self.path.endswith("update.json") else DATA[start:]
         if not self.path.endswith("update.json"):
             self.starts.append(start)
         self.send_response(206 if start else 200)
+        self.send_header("ETag", '"tag"')
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.limit])
@@ -46,14 +53,20 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def config() -> Iterator[UpdateConfig]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpdateConfig]:
     Server.limit, Server.ranges, Server.starts = len(DATA), True, []
     Server.manifest = json.dumps(
         {"version": "2", "file": "edge.raucb", "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()}
     ).encode()
+    folder = tmp_path_factory.mktemp("server")
+    Authority(folder).issue("server", ("127.0.0.1",))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield UpdateConfig(url=f"http://127.0.0.1:{server.server_address[1]}/ward")
+        address = f"https://127.0.0.1:{server.server_address[1]}/ward"
+        yield UpdateConfig(url=address, ca=str(folder / "ca.pem"))
         server.shutdown()
 
 
@@ -69,17 +82,16 @@ def test_a_bundle_is_fetched_and_kept(tmp_path: Path, config: UpdateConfig) -> N
 def test_a_broken_fetch_goes_on_where_it_was(tmp_path: Path, config: UpdateConfig) -> None:
     release = fetch_release(config)
     Server.limit = 300_000
-    with pytest.raises(SystemUpdateError, match="goes on from here"):
+    with pytest.raises(FetchError, match="unreachable|IncompleteRead"):
         fetch_bundle(config, release, tmp_path)
     Server.limit = len(DATA)
     assert fetch_bundle(config, release, tmp_path).read_bytes() == DATA
-    assert Server.starts[0] == 0
-    assert Server.starts[1] == 300_000
+    assert Server.starts == [0, 300_000]
 
 
 def test_a_server_without_ranges_gives_the_whole_again(tmp_path: Path, config: UpdateConfig) -> None:
     release = fetch_release(config)
-    (tmp_path / f"{release.sha256}.raucb.partial").write_bytes(b"stale")
+    (tmp_path / f"{release.sha256}.raucb").write_bytes(b"stale")
     Server.ranges = False
     assert fetch_bundle(config, release, tmp_path).read_bytes() == DATA
 
@@ -87,7 +99,7 @@ def test_a_server_without_ranges_gives_the_whole_again(tmp_path: Path, config: U
 def test_what_differs_from_the_manifest_is_thrown_away(tmp_path: Path, config: UpdateConfig) -> None:
     release = Release("2", "edge.raucb", len(DATA), "0" * 64)
     (tmp_path / "older.raucb").write_bytes(b"of another release")
-    with pytest.raises(SystemUpdateError, match=r"is not what update\.json says"):
+    with pytest.raises(FetchError, match="is not the file that was announced"):
         fetch_bundle(config, release, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -101,8 +113,10 @@ def test_a_bad_manifest_is_refused(config: UpdateConfig, text: str) -> None:
         fetch_release(config)
 
 
-def test_nobody_there_is_an_update_error() -> None:
-    with pytest.raises(SystemUpdateError, match="looks again later"):
+def test_nobody_there_and_no_https_are_fetch_errors() -> None:
+    with pytest.raises(FetchError, match="Is the address right"):
+        fetch_release(UpdateConfig(url="https://127.0.0.1:9/ward"))
+    with pytest.raises(FetchError, match="is no HTTPS address"):
         fetch_release(UpdateConfig(url="http://127.0.0.1:9/ward"))
 
 
