@@ -77,6 +77,7 @@ class Bench:
             out=self.folder / name / f"edge-{board}.img.zst",
             cache=DEFAULT_CACHE.expanduser(),
             update_certificate=keys / "update.crt",
+            build=1,
             mirror=find_mirror(),
         )
 
@@ -177,11 +178,9 @@ def measure_start(bench: Bench, kind: Kind) -> dict[str, Any]:
 
 def measure_system_cuts(bench: Bench) -> dict[str, Any]:
     """Cut the power at random instants while a system update is fetched, installed and tried."""
-    settings = replace(bench.image_settings("update"), update_key=bench.folder / "keys" / "update.key")
+    settings = replace(bench.image_settings("update"), update_key=bench.folder / "keys" / "update.key", build=2)
     if not settings.out.exists():
-        os.environ["SPLITWARD_IMAGE_VERSION"] = "2"
         build_image(settings, print)
-        del os.environ["SPLITWARD_IMAGE_VERSION"]
     folder, draw = bench.new_folder("system-cuts"), random.Random(bench.seed)
     frames = open_dataset("mnist").test.images[:CUT_FRAMES, 0]
     with (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import asdict
 
 from splitward.config import format_toml, read_config, read_toml
 from splitward.errors import ConfigError
@@ -66,11 +67,15 @@ class UpdateConfig(Struct, frozen=True, kw_only=True):
         installed is decided by the bundle's own signature.
     every_s : float
         Period of looking.
+    allow_older : bool
+        Install what the folder offers even where its build number is below the running one's: the way back to an
+        older image. Take it out again: whoever rules the folder chooses among all that was ever signed.
     """
 
     url: Annotated[str, Meta(pattern=r"^https://")]
     ca: str | None = None
     every_s: Annotated[float, Meta(ge=1)] = 3600.0
+    allow_older: bool = False
 
 
 class EnrolmentConfig(Struct, frozen=True, kw_only=True):
@@ -156,7 +161,7 @@ def apply_site(site: SiteConfig, root: Path) -> None:
     if network.wifi is not None:
         _write(root / "etc/wpa_supplicant/wpa_supplicant-wlan0.conf", _wifi_file(network.wifi), 0o600)
     if site.update is not None:
-        _write(root / "etc/splitward/update.toml", format_toml(_plain(site.update)))
+        _write(root / "etc/splitward/update.toml", format_toml(asdict(site.update)))
 
 
 def take_imports(boot: Path, state: Path) -> list[str]:
@@ -229,11 +234,6 @@ def _wifi_file(wifi: WifiConfig) -> str:
         f'country={wifi.country}\nnetwork={{\n    ssid="{wifi.name}"\n    psk="{wifi.passphrase}"\n'
         "    key_mgmt=WPA-PSK SAE\n    ieee80211w=1\n}\n"
     )
-
-
-def _plain(config: UpdateConfig) -> dict[str, Any]:
-    values = {"url": config.url, "ca": config.ca, "every_s": config.every_s}
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write(path: Path, text: str, mode: int = 0o644) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from cryptography.hazmat.primitives import serialization
@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives import serialization
 from edge.config import EdgeConfig
 from edge.system.site import SiteConfig, agent_settings, read_site
 from edge.system.slot import format_entry
+from edge.system.update import RELEASE, Release
 from splitward import __version__
-from splitward.config import build_config
+from splitward.config import build_config, format_toml
 from splitward.errors import ImageError
 from splitward.image import debian, wheels
 from splitward.image.check import sign_checksum
@@ -64,6 +65,9 @@ class ImageSettings:
     update_certificate, update_key : Path or None
         X.509 certificate that a device trusts system updates by, and its key; with the key an update is made as
         well.
+    build : int or None
+        Number of this build, in the image and in the update's signed manifest: devices take only a higher one than
+        theirs. `SOURCE_DATE_EPOCH` by default; an image that takes no updates needs none.
     cache : Path
         Where packages and wheels are kept.
     mirror : str or None
@@ -78,6 +82,7 @@ class ImageSettings:
     cache: Path
     update_certificate: Path | None = None
     update_key: Path | None = None
+    build: int | None = None
     mirror: str | None = None
 
 
@@ -87,7 +92,7 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
     Raises
     ------
     ImageError
-        A package, a tool or the room on the disk is missing.
+        A package, a tool, the number of the build or the room on the disk is missing.
     ConfigError, BundleError
         site.toml or the bundle cannot be used: nothing is built that would not start.
     """
@@ -97,6 +102,7 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
         raise ImageError(
             "files of the image belong to root: run as root, or as `unshare --map-root-user --map-auto` gives it."
         )
+    number = _number(settings)
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", debian.read_epoch()))
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".image-", dir=settings.out.resolve().parent) as name:
@@ -105,10 +111,11 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
         packages = _packages(settings.board)
         root, boot = folder / "root", folder / "boot"
         say("fetching packages and wheels")
-        version = _release(settings)
+        version = _release(settings, number)
         kernel = unpack_root(packages, root, folder / "beside", settings.cache, settings.mirror)
         say(f"root unpacked, kernel {kernel}")
-        _add_model(settings, root, version)
+        _add_model(settings, root)
+        _add_release(root, version, number)
         ramdisk = build_ramdisk(root, folder / "beside/usr/bin/busybox", kernel, epoch)
         place_boot_files(root, kernel, ramdisk, settings.board)
         _fill_boot(settings, boot, root, folder / "beside")
@@ -123,8 +130,8 @@ def build_image(settings: ImageSettings, say: Callable[[str], None]) -> Path:
         sbom = format_sbom(f"splitward-{settings.board}", version, packages, wheels.read_lock(), epoch)
         _write_beside(settings, compressed, sbom)
         if settings.update_key is not None:
-            say("making the update")
-            _make_update(settings, squashed, version, folder)
+            say(f"making the update, build {number}")
+            _make_update(settings, squashed, version, number, folder)
     return compressed
 
 
@@ -179,7 +186,20 @@ def _packages(board: Board) -> list[debian.Package]:
     return [one for one in debian.read_lock() if one.group in groups]
 
 
-def _release(settings: ImageSettings) -> str:
+def _number(settings: ImageSettings) -> int:
+    """Number of the build. Given from outside: two builds of the same inputs are the same, whenever they are made."""
+    given = settings.build if settings.build is not None else os.environ.get("SOURCE_DATE_EPOCH")
+    if given is None and settings.update_certificate is not None:
+        raise ImageError(
+            "an image that takes updates needs the number of its build, by which devices tell newer from older: "
+            "--build, higher each time, such as `--build $(date +%s)`, or SOURCE_DATE_EPOCH."
+        )
+    if (number := int(given or 0)) < 0:
+        raise ImageError(f"--build {number}: is below 0. Devices compare it with that of the image they run.")
+    return number
+
+
+def _release(settings: ImageSettings, number: int) -> str:
     """Version of the image: ours, and a digest of everything that goes into a slot."""
     digest = hashlib.sha256(settings.board.encode())
     sources = [debian.LOCK, wheels.LOCK, settings.bundle, *sorted(FILES.rglob("*"))]
@@ -189,11 +209,11 @@ def _release(settings: ImageSettings) -> str:
     for path in sources:
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(os.environ.get("SPLITWARD_IMAGE_VERSION", "").encode())
+    digest.update(str(number).encode())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
-def _add_model(settings: ImageSettings, root: Path, version: str) -> None:
+def _add_model(settings: ImageSettings, root: Path) -> None:
     share = root / "usr/share/splitward"
     share.mkdir(parents=True)
     shutil.copy(settings.bundle, share / "model.bundle")
@@ -201,13 +221,18 @@ def _add_model(settings: ImageSettings, root: Path, version: str) -> None:
     (share / "trusted.pub").write_bytes(
         trusted.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
-    (root / "etc/splitward-release").write_text(version + "\n")
     (root / "etc/rauc").mkdir(exist_ok=True)
     if settings.update_certificate is not None:
         shutil.copy(settings.update_certificate, root / "etc/rauc/keyring.pem")
     (root / "etc/rauc/system.conf").write_text(_rauc_settings(settings.board))
     for path in (share / "model.bundle", share / "trusted.pub", root / "etc/rauc/system.conf"):
         path.chmod(0o644)
+
+
+def _add_release(root: Path, version: str, number: int) -> None:
+    path = root / RELEASE.relative_to("/")
+    path.write_text(format_toml({"version": version, "build": number}))
+    path.chmod(0o644)
 
 
 def _rauc_settings(board: Board) -> str:
@@ -259,13 +284,13 @@ def _write_beside(settings: ImageSettings, image: Path, sbom: str) -> None:
     sign_checksum(image, settings.signing_key)
 
 
-def _make_update(settings: ImageSettings, squashed: Path, version: str, folder: Path) -> None:
+def _make_update(settings: ImageSettings, squashed: Path, version: str, number: int, folder: Path) -> None:
     content = folder / "update"
     content.mkdir()
     squashed.replace(content / "root.img")
     (content / "manifest.raucm").write_text(
-        f"[update]\ncompatible=splitward-{settings.board}\nversion={version}\n\n[bundle]\nformat=verity\n\n"
-        "[image.root]\nfilename=root.img\n"
+        f"[update]\ncompatible=splitward-{settings.board}\nversion={version}\nbuild={number}\n\n"
+        "[bundle]\nformat=verity\n\n[image.root]\nfilename=root.img\n"
     )
     bundle = settings.out.with_name(settings.out.name.removesuffix(".zst").removesuffix(".img") + ".raucb")
     bundle.unlink(missing_ok=True)
@@ -273,12 +298,7 @@ def _make_update(settings: ImageSettings, squashed: Path, version: str, folder: 
     _run([*command, "bundle", str(content), str(bundle)], "rauc")
     with bundle.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    release: dict[str, Any] = {
-        "version": version,
-        "file": bundle.name,
-        "size": bundle.stat().st_size,
-        "sha256": digest,
-    }
+    release = Release(number, version, bundle.name, bundle.stat().st_size, digest)
     settings.out.with_name("update.json").write_bytes(
         msgspec.json.format(msgspec.json.encode(release), indent=2)
     )

@@ -30,6 +30,11 @@ def add_image(commands: Any) -> None:
     )
     build.add_argument("--update-certificate", type=Path, help="that the device trusts system updates by")
     build.add_argument("--update-key", type=Path, help="makes NAME.raucb and update.json as well")
+    build.add_argument(
+        "--build",
+        type=int,
+        help="its number, higher each time; needed for updates (default: SOURCE_DATE_EPOCH)",
+    )
     _add_sources(build)
     build.set_defaults(run=_build)
 
@@ -76,6 +81,7 @@ def _build(arguments: argparse.Namespace) -> int:
         cache=arguments.cache.expanduser(),
         update_certificate=arguments.update_certificate,
         update_key=arguments.update_key,
+        build=arguments.build,
         mirror=arguments.mirror,
     )
     image = build_image(settings, _teller())

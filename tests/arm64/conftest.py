@@ -96,7 +96,7 @@ def emulated_root(tmp_path_factory: pytest.TempPathFactory, mirror: str) -> Path
 
 @dataclass(frozen=True)
 class Images:
-    """Images of the card, version 1 and 2, and the update to version 2 beside it."""
+    """Images of the card, builds 1 and 2, and the update to build 2 beside it."""
 
     settings: ImageSettings
     first: Path
@@ -127,13 +127,12 @@ def images(tmp_path_factory: pytest.TempPathFactory, mirror: str, model: Model) 
         out=folder / "1" / "edge.img.zst",
         cache=cache(),
         update_certificate=certificate,
+        build=1,
         mirror=mirror,
     )
     first = build_image(settings, print)
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setenv("SPLITWARD_IMAGE_VERSION", "2")
-        second = build_image(replace(settings, out=folder / "2" / "edge.img.zst", update_key=key), print)
+    newer = replace(settings, out=folder / "2" / "edge.img.zst", update_key=key, build=2)
+    second = build_image(newer, print)
     return Images(settings, first, second)
 
 

@@ -55,6 +55,7 @@ def test_a_whole_site_becomes_files(tmp_path: Path) -> None:
     assert tomllib.loads(read("etc/splitward/update.toml")) == {
         "url": "https://images.example.org/ward",
         "every_s": 3600.0,
+        "allow_older": False,
     }
     agent = read_config(tmp_path / "root/etc/splitward/edge.toml", EdgeConfig)
     assert agent.device.id == "ward-3"

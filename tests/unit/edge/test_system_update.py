@@ -56,7 +56,13 @@ class Server(http.server.BaseHTTPRequestHandler):
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpdateConfig]:
     Server.limit, Server.ranges, Server.starts = len(DATA), True, []
     Server.manifest = json.dumps(
-        {"version": "2", "file": "edge.raucb", "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()}
+        {
+            "build": 2,
+            "version": "2",
+            "file": "edge.raucb",
+            "size": len(DATA),
+            "sha256": hashlib.sha256(DATA).hexdigest(),
+        }
     ).encode()
     folder = tmp_path_factory.mktemp("server")
     Authority(folder).issue("server", ("127.0.0.1",))
@@ -82,7 +88,7 @@ def test_a_bundle_is_fetched_and_kept(tmp_path: Path, config: UpdateConfig) -> N
 def test_a_broken_fetch_goes_on_where_it_was(tmp_path: Path, config: UpdateConfig) -> None:
     release = fetch_release(config)
     Server.limit = 300_000
-    with pytest.raises(FetchError, match="unreachable|IncompleteRead"):
+    with pytest.raises(FetchError, match="more expected"):
         fetch_bundle(config, release, tmp_path)
     Server.limit = len(DATA)
     assert fetch_bundle(config, release, tmp_path).read_bytes() == DATA
@@ -97,7 +103,7 @@ def test_a_server_without_ranges_gives_the_whole_again(tmp_path: Path, config: U
 
 
 def test_what_differs_from_the_manifest_is_thrown_away(tmp_path: Path, config: UpdateConfig) -> None:
-    release = Release("2", "edge.raucb", len(DATA), "0" * 64)
+    release = Release(2, "2", "edge.raucb", len(DATA), "0" * 64)
     (tmp_path / "older.raucb").write_bytes(b"of another release")
     with pytest.raises(FetchError, match="is not the file that was announced"):
         fetch_bundle(config, release, tmp_path)
@@ -105,7 +111,8 @@ def test_what_differs_from_the_manifest_is_thrown_away(tmp_path: Path, config: U
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[]", '{"version": "2", "file": "../etc", "size": 1, "sha256": "' + "0" * 64 + '"}']
+    "text",
+    ["{}", "[]", '{"build": 2, "version": "2", "file": "../etc", "size": 1, "sha256": "' + "0" * 64 + '"}'],
 )
 def test_a_bad_manifest_is_refused(config: UpdateConfig, text: str) -> None:
     Server.manifest = text.encode()
