@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge.errors import InstallError
+from splitward.disk import write_whole
 
 USER = "splitward"
 VENV = Path("/opt/splitward")
@@ -89,8 +90,7 @@ def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
     )
     say(f"{settings.package}: installed")
     if not (CONFIG / "edge.toml").exists():
-        (CONFIG / "edge.toml").write_text(_EXAMPLE, encoding="utf-8")
-        (CONFIG / "edge.toml").chmod(0o640)
+        write_whole(CONFIG / "edge.toml", _EXAMPLE.encode(), 0o640)
         shutil.chown(CONFIG / "edge.toml", 0, account.pw_gid)
         say(f"{CONFIG / 'edge.toml'}: an example, to be edited")
     changed = [name for name, text in _units().items() if _write(UNITS / name, text)]
@@ -139,10 +139,7 @@ def _write(path: Path, text: str) -> bool:
     """Write `text` to `path` unless it holds it already; whether it was written."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text.encode(), 0o644)
     return True
 
 

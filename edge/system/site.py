@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from splitward.config import format_toml, read_config, read_toml
+from splitward.disk import move_whole, write_whole
 from splitward.errors import ConfigError
 from splitward.wire.names import NAME
 
@@ -142,26 +143,26 @@ def write_agent_settings(site: SiteConfig, root: Path) -> bool:
     settings, identity = root / "etc/splitward/edge.toml", root / IDENTITY / "edge.toml"
     if site.enrolment is not None and not identity.exists():
         return False
-    _write(settings, format_toml(agent_settings(site, read_toml(identity) if identity.exists() else None)))
+    tables = agent_settings(site, read_toml(identity) if identity.exists() else None)
+    write_whole(settings, format_toml(tables).encode(), 0o644)
     return True
 
 
 def apply_site(site: SiteConfig, root: Path) -> None:
     """Write the files that `site` stands for below `root`."""
-    _write(root / "etc/hostname", site.hostname + "\n")
-    _write(
-        root / "etc/hosts",
-        f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n",
-    )
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n"
+    write_whole(root / "etc/hostname", f"{site.hostname}\n".encode(), 0o644)
+    write_whole(root / "etc/hosts", hosts.encode(), 0o644)
     write_agent_settings(site, root)
-    _write(root / "run/splitward/authorized_keys", "".join(f"{key}\n" for key in site.ssh_keys))
+    keys = "".join(f"{key}\n" for key in site.ssh_keys)
+    write_whole(root / "run/splitward/authorized_keys", keys.encode(), 0o644)
     network = site.network
     if network.address or network.dns or network.ntp or network.wifi:
-        _write(root / "etc/systemd/network/70-site.network", _network_file(network))
+        write_whole(root / "etc/systemd/network/70-site.network", _network_file(network).encode(), 0o644)
     if network.wifi is not None:
-        _write(root / "etc/wpa_supplicant/wpa_supplicant-wlan0.conf", _wifi_file(network.wifi), 0o600)
+        write_whole(root / "etc/wpa_supplicant/wpa_supplicant-wlan0.conf", _wifi_file(network.wifi).encode())
     if site.update is not None:
-        _write(root / "etc/splitward/update.toml", format_toml(asdict(site.update)))
+        write_whole(root / "etc/splitward/update.toml", format_toml(asdict(site.update)).encode(), 0o644)
 
 
 def take_imports(boot: Path, state: Path) -> list[str]:
@@ -184,8 +185,7 @@ def take_imports(boot: Path, state: Path) -> list[str]:
             file.flush()
             os.fsync(file.fileno())
         give_to_agent(partial)
-        partial.replace(target)
-        _sync_folder(target.parent)
+        move_whole(partial, target)
         path.unlink()
         taken.append(path.relative_to(folder).as_posix())
     return taken
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> int:
     else:
         complaint.unlink(missing_ok=True)
         if not kept.exists() or kept.read_bytes() != (boot / "site.toml").read_bytes():
-            _write(kept, (boot / "site.toml").read_text(encoding="utf-8"), 0o600)
+            write_whole(kept, (boot / "site.toml").read_bytes())
     apply_site(site, Path("/"))
     Path("/proc/sys/kernel/hostname").write_text(site.hostname)
     taken = take_imports(boot, Path("/var/lib/splitward"))
@@ -236,29 +236,10 @@ def _wifi_file(wifi: WifiConfig) -> str:
     )
 
 
-def _write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with os.fdopen(os.open(partial, _CREATE, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def give_to_agent(path: Path) -> None:
     """Let the agent's user own it, where root does this."""
     if os.geteuid() == 0:
         os.chown(path, AGENT_ID, AGENT_ID)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from edge.errors import SlotError
+from splitward.disk import move_whole, write_whole
 
 BOOT = Path("/boot/firmware")
 IN_ROOT = Path("usr/lib/splitward/boot")
@@ -70,7 +71,7 @@ class SystemdBoot:
         """Give `slot` the newest version and `TRIES` tries."""
         version = max((entry[2] for entry in self._entries()), default=0) + 1
         text = format_entry(slot, version, self._options(slot))
-        write_whole(self._folder / f"slot-{slot}+{TRIES}.conf", text)
+        write_whole(self._folder / f"slot-{slot}+{TRIES}.conf", text.encode())
         for path in self._paths(slot):
             if path.name != f"slot-{slot}+{TRIES}.conf":
                 path.unlink()
@@ -88,8 +89,7 @@ class SystemdBoot:
         target = self._folder / (f"slot-{slot}.conf" if state == "good" else f"slot-{slot}+0.conf")
         for path in self._paths(slot):
             if path != target:
-                path.replace(target)
-        _sync(self._folder)
+                move_whole(path, target)
 
     def _paths(self, slot: Slot) -> list[Path]:
         return sorted(
@@ -133,7 +133,7 @@ class Tryboot:
     def try_next(self, slot: Slot) -> None:
         """Write tryboot.txt: config.txt with the other slot's name."""
         self._bad.unlink(missing_ok=True)
-        write_whole(self._trial, _PREFIX.sub(f"os_prefix=slot-{slot}/", self._config.read_text()))
+        write_whole(self._trial, _PREFIX.sub(f"os_prefix=slot-{slot}/", self._config.read_text()).encode())
 
     def state(self, slot: Slot) -> State:
         """Bad when it was marked so."""
@@ -146,12 +146,11 @@ class Tryboot:
     def mark(self, slot: Slot, state: State) -> None:
         """Make the trial's file the kept one, or forget it."""
         if state == "bad":
-            write_whole(self._bad, slot + "\n")
+            write_whole(self._bad, f"{slot}\n".encode())
             if self.on_trial(slot):
                 self._trial.unlink()
         elif self.on_trial(slot):
-            self._trial.replace(self._config)
-            _sync(self._config.parent)
+            move_whole(self._trial, self._config)
 
 
 def find_loader(boot: Path = BOOT) -> Loader:
@@ -193,7 +192,7 @@ def copy_boot_files(root: Path, boot: Path, slot: Slot) -> None:
             os.fsync(file.fileno())
     other = boot / f"slot-{'a' if slot == 'b' else 'b'}" / "cmdline.txt"
     if other.exists():
-        write_whole(target / "cmdline.txt", for_slot(other.read_text(), slot))
+        write_whole(target / "cmdline.txt", for_slot(other.read_text(), slot).encode())
 
 
 def activate(slot: Slot, loader: Loader, boot: Path = BOOT) -> None:
@@ -206,17 +205,6 @@ def activate(slot: Slot, loader: Loader, boot: Path = BOOT) -> None:
         finally:
             subprocess.run(["umount", name], check=True)
     loader.try_next(slot)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(path.name + ".new")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync(path.parent)
 
 
 def main(arguments: list[str]) -> int:
@@ -248,14 +236,6 @@ def _named(path: Path) -> Slot:
     if found is None:
         raise SlotError(f"{path}: names no slot. Put the line `os_prefix=slot-a/` into it.")
     return "b" if found[1] == "b" else "a"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -68,6 +70,20 @@ def test_an_empty_site_is_one_that_starts(tmp_path: Path) -> None:
     assert (tmp_path / "run/splitward/authorized_keys").read_text() == ""
     assert not (tmp_path / "etc/systemd/network/70-site.network").exists()
     assert agent_settings(SiteConfig())["device"]["bundle"] == "/usr/share/splitward/model.bundle"
+
+
+def test_what_is_written_outlives_a_power_cut(tmp_path: Path, monkeypatch: Any) -> None:
+    flush, flushed = os.fsync, []
+
+    def note(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        flush(descriptor)
+
+    monkeypatch.setattr("os.fsync", note)
+    apply_site(SiteConfig(), tmp_path)
+    folder = tmp_path / "etc/splitward"
+    assert flushed.index(folder / "edge.toml.partial") < flushed.index(folder), "the file, then its new name"
+    assert [path.name for path in folder.iterdir()] == ["edge.toml"]
 
 
 @pytest.mark.parametrize(
