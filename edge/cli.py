@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from edge.errors import ReleaserError
+from edge.secret import leave_no_core
 from edge.settings import load_settings
 from splitward.errors import SplitwardError
 
@@ -26,6 +27,7 @@ EXIT_FAILED, EXIT_ERROR, EXIT_START_ANEW = 1, 2, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or an exit code of those above after an error that it explains on standard error."""
+    leave_no_core()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     options.rest = rest

@@ -41,7 +41,7 @@ from edge.pipe import (
     ToReleaser,
     Unfit,
 )
-from edge.secret import load_secret
+from edge.secret import leave_no_core, load_secret
 from edge.verify import TrustedKey
 from splitward.errors import DataError, SplitwardError, WireError
 from splitward.imaging.inputs import to_frame
@@ -219,6 +219,7 @@ class _PipeHandler(logging.Handler):
 
 def main(arguments: list[str]) -> int:
     """Run over the descriptors given as arguments; 0, or 2 when the releaser cannot start."""
+    leave_no_core()
     for number in (signal.SIGINT, signal.SIGTERM):  # the agent says when; a terminal's go to both
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import secrets
 from pathlib import Path
 
 from splitward.disk import write_whole
 from splitward.errors import ConfigError
 from splitward.wire.law import SECRET_BYTES
+
+
+def leave_no_core() -> None:
+    """Keep this process and its children from writing their memory to the disk when they crash: it holds secrets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def load_secret(path: Path) -> bytes:

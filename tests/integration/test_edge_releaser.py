@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from edge.agent import run_agent
 from edge.config import CaptureConfig, EdgeConfig, RuntimeConfig
 from edge.errors import BackendError, CaptureError, ReleaserError
+from edge.supervisor import launch
 from firmware_sim.broker import Broker
 from firmware_sim.processes import children_of
 from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers, start_process
@@ -137,6 +139,28 @@ def test_a_killed_or_stopped_releaser_comes_back_and_no_frame_is_lost(
     assert process.returncode == 0
     assert json.loads(output)["dropped"] == {}
     assert len(read_answers(tmp_path)) == len(cloud.answers) == 150
+
+
+def test_neither_process_leaves_its_memory_behind(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        config = configure(tmp_path, mosquitto, tiny_bundle, 150, capture=CaptureConfig(rate_hz=50))
+        alone = launch()
+        with cloud_at(mosquitto) as cloud:
+            process = start_process(config, tmp_path)
+            cloud.wait(lambda: len(cloud.answers) > 0)
+            agent_and_releaser = (process.pid, *children_of(process.pid))
+            limits = [resource.prlimit(one, resource.RLIMIT_CORE)[0] for one in agent_and_releaser]
+            process.terminate()
+            process.communicate(timeout=TIMEOUT_S)
+            # Started by no command line, and waiting to be told what to run.
+            cloud.wait(lambda: resource.prlimit(alone.process.pid, resource.RLIMIT_CORE)[0] == 0)
+        alone.pipe.close()
+        alone.process.wait(TIMEOUT_S)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    assert limits == [0, 0]
 
 
 def test_what_cannot_start_is_said_by_its_own_error(

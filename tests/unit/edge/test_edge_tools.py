@@ -159,6 +159,8 @@ def test_the_units_are_hardened_and_start_the_agent() -> None:
         "splitward",
     )
     assert service["CapabilityBoundingSet"] == ""
+    for unit in UNITS.glob("*.service"):
+        assert "\nLimitCORE=0\n" in unit.read_text(), unit.name
     assert int(service["WatchdogSec"]) > 0
     if shutil.which("systemd-analyze"):  # what else would read them is not on every machine
         done = subprocess.run(
