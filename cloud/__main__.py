@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ from cloud.feed import Feed
 from cloud.logs import start_log
 from cloud.problem import Problem
 from cloud.store import Store
+from splitward.disk import write_whole
 from splitward.errors import ConfigError, SplitwardError
 
 LINGER_S = 10
@@ -93,15 +93,11 @@ def _certify(config: CloudConfig, service: str, hosts: tuple[str, ...], days: fl
     authority = Authority(Path(config.fleet.state_dir))
     certificate, key = authority.issue_service(service, hosts, days)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for name, data in ((f"{service}.pem", certificate), ("authority.pem", authority.pem.encode())):
-            (out / name).write_bytes(data)
-        with os.fdopen(
-            os.open(out / f"{service}.key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
-        ) as file:
-            file.write(key)
-        if not (out / "revoked.crl").exists():  # the service serves the true one
-            (out / "revoked.crl").write_bytes(authority.revocation_list([]))
+            write_whole(out / name, data, 0o644)
+        write_whole(out / f"{service}.key", key)
+        if service == "broker" and not (out / "revoked.crl").exists():  # the service serves the true one
+            write_whole(out / "revoked.crl", authority.revocation_list([], days), 0o644)
     except OSError as error:
         raise ConfigError(f"{out}: {error.strerror}. The certificates are written there.") from error
 

@@ -336,6 +336,7 @@ async def renew(parts: Parts, body: Renew) -> Response:
 @router.get("/revocations.crl", dependencies=[Depends(count_stranger)])
 async def revocations(parts: Parts) -> Response:
     """The revocation list for the broker's `crlfile`, PEM."""
+    parts.metrics.revocations_fetched.set_to_current_time()
     return Response(await parts.enrolment.revocation_list(), media_type="application/x-pem-file")
 
 

@@ -30,11 +30,12 @@ RENEWAL = b"splitward renewal v1\0"
 SERVICE = "service:"
 """Begins the common name of every service; a device id holds no colon, so no device can enrol as one."""
 AUTHORITY_DAYS = 3650
-CRL_DAYS = 7
+CRL_DAYS = 90.0
+"""Life of a revocation list. A broker whose list has ended refuses everybody, so it outlasts a long outage."""
 AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE = "authority.key", "order.key", "ticket.key", "authority.pem"
 FILES = (AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE)
 _BACKDATED = datetime.timedelta(minutes=10)
-"""A device's clock may be behind ours."""
+"""A device's clock may be behind ours, and a broker's."""
 
 
 class Authority:
@@ -106,14 +107,14 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         return certificate.public_bytes(serialization.Encoding.PEM), _private_pem(key)
 
-    def revocation_list(self, revoked: list[tuple[int, int]]) -> bytes:
-        """PEM list of (serial, revoked_at_ns)."""
+    def revocation_list(self, revoked: list[tuple[int, int]], days: float = CRL_DAYS) -> bytes:
+        """PEM list of (serial, revoked_at_ns), good for `days`."""
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)
-            .last_update(now)
-            .next_update(now + datetime.timedelta(days=CRL_DAYS))
+            .last_update(now - _BACKDATED)
+            .next_update(now + datetime.timedelta(days=days))
         )
         for serial, at_ns in revoked:
             at = datetime.datetime.fromtimestamp(at_ns / 1e9, datetime.UTC)

@@ -82,6 +82,12 @@ class Metrics:
         self.trainings = Gauge(
             "splitward_trainings", "Trainings across sites, by state.", ["state"], registry=registry
         )
+        self.revocations_fetched = Gauge(
+            "splitward_revocations_fetched_timestamp_seconds",
+            "When the list of revoked certificates was last asked for; at first, when this worker started.",
+            registry=registry,
+        )
+        self.revocations_fetched.set_to_current_time()
         self.cpu = CpuClock()
         registry.register(self.cpu)
         ProcessCollector(registry=registry)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import getpass
 import json
 import queue
 import ssl
 import subprocess
+import threading
 import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -17,8 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cloud import revocations
 from cloud.__main__ import main
-from cloud.authority import SERVICE, Authority
+from cloud.authority import CRL_DAYS, SERVICE, Authority
 from firmware_sim.broker import find_mosquitto, free_port
 from splitward.wire import topics
 from splitward.wire.names import NAME
@@ -57,6 +62,7 @@ class Member:
         self.messages: queue.Queue[str] = queue.Queue()
         self.codes: queue.Queue[list[int]] = queue.Queue()
         self.published: queue.Queue[int] = queue.Queue()
+        self.ended = threading.Event()
         self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, f"client-{name}", protocol=paho.MQTTv5)
         self.client.tls_set(
             str(folder / "authority.pem"), str(folder / f"{name}.pem"), str(folder / f"{name}.key")
@@ -64,6 +70,7 @@ class Member:
         self.client.on_message = lambda _c, _d, message: self.messages.put(message.topic)
         self.client.on_subscribe = lambda _c, _d, _m, codes, _p: self.codes.put([code.value for code in codes])
         self.client.on_publish = lambda _c, _d, _m, code, _p: self.published.put(code.value)
+        self.client.on_disconnect = lambda *_: self.ended.set()
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
 
@@ -81,16 +88,62 @@ class Member:
         self.client.loop_stop()
 
 
+class Hardened:
+    """The shipped broker: called with a name, it gives a client with that certificate."""
+
+    def __init__(
+        self,
+        folder: Path,
+        process: subprocess.Popen,
+        authority: Authority,
+        serials: dict[str, int],
+        join: Callable[[str], Member],
+    ) -> None:
+        self.folder, self.process, self.authority = folder, process, authority
+        self.serials, self.join = serials, join
+
+    def __call__(self, name: str) -> Member:
+        return self.join(name)
+
+    def admits(self, name: str) -> bool:
+        """Whether the broker answers the next attempt of `name`, rather than ending it."""
+        member = self.join(name)
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            if member.client.is_connected():
+                return True
+            if member.ended.is_set():
+                return False
+            time.sleep(0.02)
+        raise TimeoutError(name)
+
+    def revoking(self, *names: str) -> bytes:
+        """The authority's list that revokes these devices, newer than the broker's by OpenSSL's clock of seconds."""
+        older = x509.load_pem_x509_crl((self.folder / "revoked.crl").read_bytes()).last_update_utc
+        while True:
+            revoked = self.authority.revocation_list([(self.serials[name], time.time_ns()) for name in names])
+            if x509.load_pem_x509_crl(revoked).last_update_utc > older:
+                return revoked
+            time.sleep(0.02)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+
+
 @pytest.fixture
-def hardened(tmp_path: Path):
+def hardened(tmp_path: Path, request):
+    """Its list revokes pi-3, and is good for as many days as a test's parameter says."""
     program = find_mosquitto()
     if program is None:
         pytest.skip("mosquitto is not installed: apt install mosquitto")
-    authority, port = Authority(tmp_path / "fleet"), free_port()
+    authority, port, days = Authority(tmp_path / "fleet"), free_port(), getattr(request, "param", CRL_DAYS)
     serve_with(tmp_path, "broker", "127.0.0.1", "broker.example.org")
     serve_with(tmp_path, "cloud")
     serials = {name: certify(authority, tmp_path, name) for name in ("pi-1", "pi-2", "pi-3")}
-    (tmp_path / "revoked.crl").write_bytes(authority.revocation_list([(serials["pi-3"], time.time_ns())]))
+    (tmp_path / "revoked.crl").write_bytes(authority.revocation_list([(serials["pi-3"], time.time_ns())], days))
     (tmp_path / "acl").write_text((SHIPPED / "acl").read_text())
     text = (SHIPPED / "mosquitto.conf").read_text().replace("listener 8883", f"listener {port} 127.0.0.1")
     for there in ("/mosquitto/certs", "/mosquitto/config", "/mosquitto/data"):
@@ -111,7 +164,7 @@ def hardened(tmp_path: Path):
                 continue
             return members[-1]
 
-    yield join
+    yield Hardened(tmp_path, process, authority, serials, join)
     for member in members:
         member.stop()
     process.kill()
@@ -172,6 +225,72 @@ def test_a_revoked_certificate_and_none_at_all_are_refused(hardened, tmp_path):
         pass  # refused at once, in the handshake
     finally:
         bare.loop_stop()
+
+
+@pytest.fixture
+def service(tmp_path: Path, hardened):
+    """The service's address and, in a list, what it gives as the list of revoked certificates."""
+    serve_with(tmp_path, "cloud", "127.0.0.1")
+    given = [hardened.authority.revocation_list([])]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(given[-1])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cloud.pem", tmp_path / "cloud.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_address[1]}/v1/revocations.crl", given
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_first_list_lasts_as_long_as_the_brokers_certificate(tmp_path):
+    serve_with(tmp_path, "broker", "127.0.0.1")
+    certificate = x509.load_pem_x509_certificate((tmp_path / "broker.pem").read_bytes())
+    ends = x509.load_pem_x509_crl((tmp_path / "revoked.crl").read_bytes()).next_update_utc
+    assert abs(ends - certificate.not_valid_after_utc) < datetime.timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("hardened", [-1 / 1440], indirect=True)
+def test_a_broker_whose_list_has_ended_admits_again_after_a_refresh(hardened, service, tmp_path):
+    url, given = service
+    assert not hardened.admits("pi-1")
+    given.append(hardened.revoking("pi-3"))
+    assert revocations.refresh(url, tmp_path, hardened.process.pid)
+    until(lambda: hardened.admits("pi-1"))
+    assert not hardened.admits("pi-3")
+
+
+def test_a_refresh_tells_the_broker_what_is_new_and_nothing_else(hardened, service, tmp_path):
+    url, given = service
+    path, pid = tmp_path / "revoked.crl", hardened.process.pid
+    known = path.read_bytes()
+    given.append(hardened.revoking("pi-3"))
+    assert not revocations.refresh(url, tmp_path, pid)
+    assert hardened.admits("pi-1")
+    for wrong in (b"<html>", Authority(tmp_path / "other").revocation_list([])):
+        given.append(wrong)
+        with pytest.raises(ValueError, match=r"authority|PEM"):
+            revocations.refresh(url, tmp_path, pid)
+    given.append(hardened.revoking("pi-1", "pi-3"))
+    with pytest.raises(ProcessLookupError):
+        revocations.refresh(url, tmp_path, 2**22 + 1)  # no process has this number
+    assert path.read_bytes() == known
+    assert revocations.refresh(url, tmp_path, pid)
+    until(lambda: not hardened.admits("pi-1"))
+    path.write_bytes(b"half a li")
+    assert revocations.refresh(url, tmp_path, pid)
+    assert path.read_bytes() == given[-1]
 
 
 def test_no_device_can_bear_a_services_name(hardened, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -53,6 +54,18 @@ def test_the_compose_file_is_valid_and_asks_for_its_passwords() -> None:
         assert service["cap_drop"] == ["ALL"], name
     failed = subprocess.run(["docker-compose", "-f", file, "config"], capture_output=True, check=False)
     assert failed.returncode != 0
+
+
+def test_the_brokers_list_of_revoked_certificates_is_refreshed_where_it_reads_it() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    refresher, broker = services["revocations"], services["mosquitto"]
+    assert refresher["entrypoint"] == ["python", "-m", "cloud.revocations"]
+    url, folder, process = refresher["command"]
+    assert (urlsplit(url).hostname, urlsplit(url).port) == ("cloud", 8443)
+    assert f"crlfile {folder}/revoked.crl\n" in (DEPLOY / "mosquitto" / "mosquitto.conf").read_text()
+    assert [f"./certificates/broker:{folder}"] == refresher["volumes"]
+    assert f"./certificates/broker:{folder}:ro" in broker["volumes"]
+    assert (refresher["user"], refresher["pid"], process) == (broker["user"], "service:mosquitto", "1")
 
 
 def test_every_file_that_is_mounted_is_there_or_made_by_the_operator() -> None:
