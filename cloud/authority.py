@@ -1,6 +1,7 @@
 """The fleet's keys: a certificate authority for devices, the order key, and the key of tickets.
 
-They lie in `state_dir` (mode 0600), made at the first start. The authority signs client certificates of devices, and
+They lie in `state_dir` (mode 0600), made at the first start and never again: where one was lost the service does not
+start, as devices would refuse what another one signs. The authority signs client certificates of devices, and
 those of the fleet's own services, whose names no device can bear; the broker trusts it.
 """
 
@@ -34,6 +35,7 @@ CRL_DAYS = 90.0
 """Life of a revocation list. A broker whose list has ended refuses everybody, so it outlasts a long outage."""
 AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE = "authority.key", "order.key", "ticket.key", "authority.pem"
 FILES = (AUTHORITY_KEY, ORDER_KEY, TICKET_KEY, CERTIFICATE)
+"""In the order of their making, so that a first start that was cut off is told from a loss."""
 _BACKDATED = datetime.timedelta(minutes=10)
 """A device's clock may be behind ours, and a broker's."""
 
@@ -44,7 +46,7 @@ class Authority:
     Raises
     ------
     ConfigError
-        The keys in `folder` cannot be read or made.
+        The keys in `folder` cannot be read or made, one was lost, or they do not belong together.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,6 +59,8 @@ class Authority:
             self._key, self.order_key = key, order_key
             self._ticket_key = (folder / TICKET_KEY).read_bytes()
             self.certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
+            if self.certificate.public_key() != key.public_key():
+                raise ValueError(f"{AUTHORITY_KEY} is not the key of {CERTIFICATE}")
         except (OSError, ValueError) as error:
             raise ConfigError(f"fleet.state_dir {folder}: {error}. Restore the keys from a copy.") from error
 
@@ -177,7 +181,10 @@ class Authority:
 
 
 def _make(folder: Path) -> None:
-    """Make what is missing; workers that start together take turns, so that all have the same."""
+    """Make what the first start did not come to; workers that start together take turns, so that all have the same.
+
+    `ValueError` when a file was lost: one that was made later is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -187,9 +194,11 @@ def _make(folder: Path) -> None:
             TICKET_KEY: lambda: os.urandom(32),
             CERTIFICATE: lambda: _self_signed(_read_key(folder / AUTHORITY_KEY)),
         }
-        for name, make in makers.items():
-            if not (folder / name).exists():
-                write_whole(folder / name, make(), 0o644 if name == CERTIFICATE else 0o600)
+        made = [(folder / name).exists() for name in FILES]
+        if False in made[: sum(made)]:
+            raise ValueError(f"{FILES[made.index(False)]} is missing")
+        for name in FILES[sum(made) :]:
+            write_whole(folder / name, makers[name](), 0o644 if name == CERTIFICATE else 0o600)
 
 
 def _self_signed(key: PrivateKeyTypes) -> bytes:

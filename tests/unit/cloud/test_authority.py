@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from itertools import count
@@ -54,6 +55,23 @@ def test_workers_that_start_together_share_one_authority(tmp_path):
 def test_only_the_owner_reads_the_keys(tmp_path):
     Authority(tmp_path)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in FILES] == [0o600, 0o600, 0o600, 0o644]
+
+
+@pytest.mark.parametrize("lost", FILES[:-1])
+def test_a_lost_key_is_named_and_no_other_is_made_for_it(lost, tmp_path):
+    Authority(tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(ConfigError, match=rf"{lost} is missing. Restore the keys from a copy"):
+        Authority(tmp_path)
+    assert not (tmp_path / lost).exists()
+
+
+def test_a_key_of_another_authority_is_refused(tmp_path):
+    for name in ("one", "other"):
+        Authority(tmp_path / name)
+    shutil.copy(tmp_path / "other" / FILES[0], tmp_path / "one" / FILES[0])
+    with pytest.raises(ConfigError, match=r"authority.key is not the key of authority.pem. Restore"):
+        Authority(tmp_path / "one")
 
 
 def test_a_damaged_key_is_named_and_kept(tmp_path):
