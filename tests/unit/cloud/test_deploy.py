@@ -76,6 +76,32 @@ def test_every_file_that_is_mounted_is_there_or_made_by_the_operator() -> None:
         assert made_by_hand or (DEPLOY / path).exists(), path
 
 
+def test_certificates_are_made_where_the_services_authority_lies_and_for_whom_they_serve() -> None:
+    page = (ROOT / "docs" / "cloud.md").read_text()
+    shell = [
+        line.strip()
+        for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+        for line in block.split("\n")
+    ]
+    made = [line for line in shell if " certify " in line]
+    outs = [line.rpartition(" ")[2] for line in made]
+    assert outs == ["/certificates/broker", "/certificates/cloud"]
+    for line, out in zip(made, outs, strict=True):
+        folder = f"deploy/certificates/{Path(out).name}"
+        assert line.startswith("docker compose run --rm --no-deps ")
+        assert f' -v "$PWD/deploy/certificates:/certificates" cloud certify {Path(out).name} --host ' in line
+        (given,) = [one for one in shell if one.startswith("sudo install -d") and folder in one]
+        uid = re.search(r"useradd .*--uid (\d+)", (DEPLOY / "cloud" / "Dockerfile").read_text())
+        assert uid is not None
+        assert f"-o {uid[1]} -g {uid[1]} " in given
+        assert shell.index(given) < shell.index(line)
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    taken_over = shell.index(f"sudo chown -R {services['mosquitto']['user']} deploy/certificates/broker")
+    assert taken_over > shell.index(made[-1])
+    state_dir = Path(read_cloud_config(DEPLOY / "cloud" / "cloud.toml").fleet.state_dir)
+    assert f"fleet:{state_dir.parent}" in services["cloud"]["volumes"]
+
+
 @pytest.mark.parametrize("manifest", manifests(), ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
 def test_every_manifest_is_what_kubernetes_takes(manifest: dict[str, Any]) -> None:
     kubernetes_validate.validate(manifest, "1.37", strict=True)
