@@ -83,9 +83,9 @@ class Store:
             index_elements=[leases.c.name],
             set_={"holder": insert.excluded.holder, "until_ns": insert.excluded.until_ns},
             where=(leases.c.until_ns < now_ns) | (leases.c.holder == self._holder),
-        )
+        ).returning(leases.c.name)  # PostgreSQL counts no rows of an insert
         async with self.write() as connection:
-            return bool((await connection.execute(take, row)).rowcount)
+            return (await connection.execute(take, row)).first() is not None
 
     # --- the pipeline ----------------------------------------------------------------------------------------
 
