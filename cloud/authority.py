@@ -114,17 +114,16 @@ class Authority:
     def revocation_list(self, revoked: list[tuple[int, int]], days: float = CRL_DAYS) -> bytes:
         """PEM list of (serial, revoked_at_ns), good for `days`."""
         now = datetime.datetime.now(datetime.UTC)
-        builder = (
-            x509.CertificateRevocationListBuilder()
+        entries = []
+        for serial, at_ns in revoked:
+            at = datetime.datetime.fromtimestamp(at_ns / 1e9, datetime.UTC)
+            entries.append(x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(at).build())
+        builder = (  # added one by one, the builder would copy all entries for each
+            x509.CertificateRevocationListBuilder(revoked_certificates=entries)
             .issuer_name(self.certificate.subject)
             .last_update(now - _BACKDATED)
             .next_update(now + datetime.timedelta(days=days))
         )
-        for serial, at_ns in revoked:
-            at = datetime.datetime.fromtimestamp(at_ns / 1e9, datetime.UTC)
-            builder = builder.add_revoked_certificate(
-                x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(at).build()
-            )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def check_renewal(self, pem: str, csr: str, signature: bytes) -> x509.Certificate:

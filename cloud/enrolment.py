@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import secrets
 import time
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from cloud import audit, tables
 from cloud.access import digest_secret
@@ -19,6 +21,11 @@ from cloud.store import Store
 from splitward.errors import MessageError
 
 PREFIX = "swe_"
+DAY_NS = 86_400 * 10**9
+MAX_A_DAY = 5
+"""Certificates of a device that may be made within a day. It renews once a year, and tries again four times a day."""
+LIST_S = 60.0
+"""How long a revocation list is given out, unless this worker revokes."""
 
 
 class Enrolment:
@@ -28,6 +35,9 @@ class Enrolment:
         self._store = store
         self._authority = authority
         self._days = config.certificate_days
+        self._list = b""
+        self._listed_s = self._revoked_s = -math.inf
+        self._listing = asyncio.Lock()
 
     async def create_token(self, site: str, device: str | None, hours: float, actor: str) -> dict[str, Any]:
         """A token with which one device of `site` (this one, if named) may enrol within `hours`."""
@@ -63,9 +73,13 @@ class Enrolment:
         async with self._store.write() as connection:
             if (await connection.execute(claim)).rowcount != 1:
                 raise Problem(403, "bad_token", "the token is unknown, used, expired, or for another device.")
-            enrolled = self._store.insert(tables.enrolled).on_conflict_do_nothing()
+            enrolled = (
+                self._store.insert(tables.enrolled).on_conflict_do_nothing().returning(tables.enrolled.c.device)
+            )
             row = {"device": device, "site": site, "at_ns": now_ns}
-            if (await connection.execute(enrolled, row)).rowcount != 1:
+            if (
+                await connection.execute(enrolled, row)
+            ).first() is None:  # PostgreSQL counts no rows of an insert
                 raise Problem(409, "taken", f"a device is called {device} already: ids are unique in a fleet.")
             certificate = self._authority.issue(request, device, self._days)
             await connection.execute(tables.certificates.insert(), _row(certificate, site, device))
@@ -73,21 +87,39 @@ class Enrolment:
         return _pem(certificate)
 
     async def renew(self, certificate: str, csr: str, signature: bytes) -> str:
-        """A new certificate for the holder of a valid one; `Problem` 403 or 422."""
+        """A new certificate for the holder of a valid one; `Problem` 403, 422, or 429 beyond `MAX_A_DAY`."""
         try:
             old = self._authority.check_renewal(certificate, csr, signature)
         except MessageError as error:
             raise Problem(403, error.reason, str(error)) from error
-        known = tables.certificates.c
-        rows = await self._store.read(
-            select(tables.certificates).where(known.serial == f"{old.serial_number:x}")
+        known, enrolled, now_ns = tables.certificates, tables.enrolled, time.time_ns()
+        holder = (
+            select(known.c.site, known.c.device)
+            .join(enrolled, enrolled.c.device == known.c.device)
+            .where(
+                known.c.serial == f"{old.serial_number:x}",
+                known.c.revoked_at_ns.is_(None),
+                known.c.expires_at_ns > now_ns,
+            )
+            .with_for_update(
+                of=enrolled
+            )  # `revoke` takes this row, too: it sees the new certificate, or comes first
         )
-        if not rows or rows[0]["revoked_at_ns"] is not None or rows[0]["expires_at_ns"] < time.time_ns():
-            raise Problem(403, "revoked", "the certificate is revoked or expired; enrol the device again.")
-        site, device = rows[0]["site"], rows[0]["device"]
-        new = self._authority.issue(self._read(csr, device), device, self._days)
         async with self._store.write() as connection:
-            await connection.execute(tables.certificates.insert(), _row(new, site, device))
+            found = (await connection.execute(holder)).first()
+            if found is None:
+                raise Problem(403, "revoked", "the certificate is revoked or expired; enrol the device again.")
+            site, device = found
+            lately = select(func.count()).where(
+                known.c.device == device,
+                known.c.revoked_at_ns.is_(None),
+                known.c.issued_at_ns > now_ns - DAY_NS,
+            )
+            if (await connection.execute(lately)).scalar_one() >= MAX_A_DAY:
+                detail = f"{device} was given {MAX_A_DAY} certificates within a day: use the last, or wait."
+                raise Problem(429, "too_often", detail, {"Retry-After": "21600"})
+            new = self._authority.issue(self._read(csr, device), device, self._days)
+            await connection.execute(known.insert(), _row(new, site, device))
             await audit.record(connection, f"device {device}"[:64], "device.renew", f"{site}/{device}")
         return _pem(new)
 
@@ -99,23 +131,34 @@ class Enrolment:
             .where(known.c.device == device, known.c.revoked_at_ns.is_(None))
             .values(revoked_at_ns=time.time_ns(), reason=reason)
         )
+        row = select(tables.enrolled).where(tables.enrolled.c.device == device).with_for_update()
         async with self._store.write() as connection:
+            await connection.execute(row)
             count = (await connection.execute(change)).rowcount
             if not count:
                 raise Problem(404, "unknown", f"{device} has no valid certificate.")
             await connection.execute(tables.enrolled.delete().where(tables.enrolled.c.device == device))
             await audit.record(connection, actor, "device.revoke", device, reason=reason)
+        self._revoked_s = time.monotonic()
         return count
 
     async def revocation_list(self) -> bytes:
-        """The signed list of what is revoked and has not expired, PEM."""
+        """The signed list of what is revoked and has not expired, PEM; others' revocations are in it after `LIST_S`."""
+        async with self._listing:
+            now_s = time.monotonic()
+            if self._listed_s <= max(self._revoked_s, now_s - LIST_S):
+                self._list, self._listed_s = await self._make_list(), now_s
+            return self._list
+
+    async def _make_list(self) -> bytes:
         known = tables.certificates.c
         rows = await self._store.read(
             select(known.serial, known.revoked_at_ns)
             .where(known.revoked_at_ns.is_not(None), known.expires_at_ns > time.time_ns())
             .order_by(known.serial)
         )
-        return self._authority.revocation_list([(int(row["serial"], 16), row["revoked_at_ns"]) for row in rows])
+        revoked = [(int(row["serial"], 16), row["revoked_at_ns"]) for row in rows]
+        return await asyncio.to_thread(self._authority.revocation_list, revoked)
 
     def _read(self, csr: str, device: str) -> x509.CertificateSigningRequest:
         try:

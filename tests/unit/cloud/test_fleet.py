@@ -89,7 +89,9 @@ async def test_a_certificate_is_renewed_by_its_holder_until_it_is_revoked(fleet)
     revoked = await fleet.http.post("/v1/devices/pi-1/revoke", json={"reason": "lost"})
     assert revoked.json() == {"revoked": 2}
     assert (await fleet.http.post("/v1/enrolments/renew", json=body)).status_code == 403
+    asked_at_s = time.time()
     crl = x509.load_pem_x509_crl((await fleet.http.get("/v1/revocations.crl")).content)
+    assert fleet.metric("splitward_revocations_fetched_timestamp_seconds") >= asked_at_s
     assert len(crl) == 2
     assert crl.is_signature_valid(fleet.parts.authority.certificate.public_key())
 
