@@ -42,7 +42,7 @@ from splitward.wire.message import Activation, encode
 from splitward.wire.server import read_server_card
 
 TICKS = os.sysconf("SC_CLK_TCK")
-CLIENTS = ("mqtt5", "gmqtt", "aiomqtt")
+CLIENTS = ("mqtt5", "aiomqtt")
 POSTS = ("fastapi_post", "litserve")
 SPEEDUP_FRAMES = 8192
 """Of the heavy network: enough that the last batch, which one worker answers alone, does not count."""
@@ -72,15 +72,14 @@ def serve(kind: str, folder: Path, card: Path, broker_port: int, number: int = 1
     port, name = free_port(), f"{kind}-{number}"
     for leftover in folder.glob(f"{name}.db*"):
         leftover.unlink()
-    client = kind if kind in ("mqtt5", "gmqtt") else "mqtt5"
     config = folder / f"{name}.toml"
     store = folder / ("shared.db" if number else f"{name}.db")
     config.write_text(
-        f'models = ["{card}"]\n[broker]\nport = {broker_port}\nclient = "{client}"\nclient_id = "{name}"\n'
+        f'models = ["{card}"]\n[broker]\nport = {broker_port}\nclient_id = "{name}"\n'
         f"[api]\nport = {port}\nrequests_per_s = 1e9\nburst = 1000000000\n[store]\n"
         f'url = "sqlite+aiosqlite:///{store}"\n[fleet]\nstate_dir = "{folder}/fleet"\n[log]\nlevel = "ERROR"\n'
     )
-    module = ["cloud"] if kind in ("mqtt5", "gmqtt") else ["benchmarks.peers", kind]
+    module = ["cloud"] if kind == "mqtt5" else ["benchmarks.peers", kind]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module, "--config", str(config)], stdout=log, stderr=log,

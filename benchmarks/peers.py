@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import sqlite3
-import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ SENDERS = 64
 class AiomqttConnection:
     """The seam over aiomqtt, which acknowledges by itself, on arrival: faster than it could be if it were safe."""
 
-    def __init__(self, config: BrokerConfig, _tls: ssl.SSLContext | None, on_messages: OnMessages) -> None:
+    def __init__(self, config: BrokerConfig, on_messages: OnMessages) -> None:
         import aiomqtt
 
         self.lost = asyncio.Event()
@@ -154,7 +153,7 @@ def main() -> Any:
     given = parser.parse_args()
     if given.kind == "aiomqtt":
         cloud.app.open_transport = lambda config: SteadyTransport(
-            config, lambda on_messages: AiomqttConnection(config, None, on_messages)
+            config, lambda on_messages: AiomqttConnection(config, on_messages)
         )
         return cloud.__main__.main(["--config", given.config])
     config = read_cloud_config(Path(given.config))

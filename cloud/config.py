@@ -29,8 +29,6 @@ class BrokerConfig(msgspec.Struct, frozen=True):
 
     Attributes
     ----------
-    client : "mqtt5" or "gmqtt"
-        The MQTT client; mqtt5 costs a fraction of the CPU time.
     group : str
         Workers of one group divide the activations among them.
     client_id : str
@@ -45,7 +43,6 @@ class BrokerConfig(msgspec.Struct, frozen=True):
         Larger messages are not accepted from the broker.
     """
 
-    client: Literal["mqtt5", "gmqtt"] = "mqtt5"
     host: str = "127.0.0.1"
     port: Port = 1883
     username: str | None = None

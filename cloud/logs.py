@@ -49,4 +49,3 @@ def start_log(config: LogConfig) -> None:
     handler.setFormatter(JsonFormatter() if config.format == "json" else TextFormatter())
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("gmqtt").setLevel(logging.ERROR)  # cloud.transport reports what matters of it

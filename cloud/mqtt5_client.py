@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections import deque
 from collections.abc import Sequence
 from typing import cast
@@ -18,7 +17,7 @@ import mqtt5
 
 from cloud.config import BrokerConfig
 from cloud.errors import TransportError
-from cloud.transport import Delivery, Held, OnMessages
+from cloud.transport import Delivery, Held, OnMessages, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,9 @@ class _Publish(Delivery):
 class Mqtt5Connection(asyncio.Protocol):
     """One connection and the deliveries that came by it."""
 
-    def __init__(self, config: BrokerConfig, tls: ssl.SSLContext | None, on_messages: OnMessages) -> None:
+    def __init__(self, config: BrokerConfig, on_messages: OnMessages) -> None:
         self.lost = asyncio.Event()
         self._config = config
-        self._tls = tls
         self._on_messages = on_messages
         self._endpoint = f"{config.host}:{config.port}"
         self._socket: asyncio.Transport | None = None
@@ -75,10 +73,14 @@ class Mqtt5Connection(asyncio.Protocol):
     # --- what the transport asks -----------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect; raises OSError, TimeoutError or TransportError."""
+        """Connect, with the certificate that lies there now.
+
+        Raises OSError, TimeoutError, ConfigError or TransportError.
+        """
         loop, config = asyncio.get_running_loop(), self._config
         self._welcome = loop.create_future()
-        await loop.create_connection(lambda: self, config.host, config.port, ssl=self._tls)
+        tls = tls_context(config.tls) if config.tls else None
+        await loop.create_connection(lambda: self, config.host, config.port, ssl=tls)
         password = None if config.password is None else config.password.encode()
         self._write(
             mqtt5.ConnectPacket(

@@ -1,7 +1,7 @@
 """The seam to the broker: deliveries come in, replies go out, and an acknowledgement follows the commit.
 
-`open_transport` makes one over the configured MQTT client (`cloud.mqtt5_client`, `cloud.gmqtt_client`). What both
-share is here: one connection after another, each with the deliveries that came by it.
+`SteadyTransport` keeps one connection after another, each with the deliveries that came by it. `cloud.mqtt5_client` has
+the service's own connection; the benchmarks put another client's in its place.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Connection(Protocol):
     lost: asyncio.Event
 
     async def open(self) -> None:
-        """Connect; raises OSError, TimeoutError or TransportError."""
+        """Connect; raises OSError, TimeoutError, ConfigError or TransportError."""
 
     async def subscribe(self, filters: Sequence[str]) -> None:
         """Subscribe with QoS 1; `TransportError` when the broker refuses."""
@@ -191,7 +191,7 @@ class SteadyTransport:
                 backoff_s = FIRST_BACKOFF_S
                 await connection.lost.wait()
                 log.warning("lost the connection to the broker at %s", self._endpoint)
-            except (OSError, TimeoutError, TransportError) as error:
+            except (OSError, TimeoutError, TransportError, ConfigError) as error:
                 log.warning("broker at %s: %s; trying again", self._endpoint, error or "no answer")
             finally:
                 self._connection = None
@@ -205,15 +205,12 @@ class SteadyTransport:
 
 
 def open_transport(config: BrokerConfig) -> SteadyTransport:
-    """Transport over the configured client; `ConfigError` when its TLS files cannot be used."""
-    tls = tls_context(config.tls) if config.tls else None
-    if config.client == "gmqtt":
-        from cloud.gmqtt_client import GmqttConnection
-
-        return SteadyTransport(config, lambda on_messages: GmqttConnection(config, tls, on_messages))
+    """Transport to the configured broker; `ConfigError` when its TLS files cannot be used."""
     from cloud.mqtt5_client import Mqtt5Connection
 
-    return SteadyTransport(config, lambda on_messages: Mqtt5Connection(config, tls, on_messages))
+    if config.tls:
+        tls_context(config.tls)
+    return SteadyTransport(config, lambda on_messages: Mqtt5Connection(config, on_messages))
 
 
 def tls_context(config: TlsConfig) -> ssl.SSLContext:

@@ -7,7 +7,7 @@ from importlib import metadata
 
 PACKAGES = (
     "splitward", "torch", "numpy", "onnx", "onnxruntime", "litert-torch", "ai-edge-quantizer", "ai-edge-litert",
-    "paho-mqtt", "gmqtt", "fastapi", "sqlalchemy",
+    "paho-mqtt", "mqtt5", "fastapi", "sqlalchemy",
 )  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import gmqtt
+import paho.mqtt.client as paho
 import pytest
 
 from cloud.config import BrokerConfig
@@ -25,15 +24,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-CLIENT = "mqtt5"
-
-
-@pytest.fixture(params=["mqtt5", "gmqtt"], autouse=True)
-def each_client(request, monkeypatch):
-    """Every test runs with both clients."""
-    monkeypatch.setattr(sys.modules[__name__], "CLIENT", request.param)
-
-
 @pytest.fixture(params=["mosquitto", "embedded_broker"])
 def broker(request):
     return request.getfixturevalue(request.param)
@@ -43,9 +33,7 @@ def broker(request):
 async def transport_to(broker, **changes) -> AsyncIterator[tuple[SteadyTransport, asyncio.Queue[Delivery]]]:
     """Connected transport, and the queue of what it delivers."""
     expiry_s = 3600 if broker.kind == "mosquitto" else 0
-    config = BrokerConfig(
-        client=CLIENT, host=broker.host, port=broker.port, session_expiry_s=expiry_s, **changes
-    )
+    config = BrokerConfig(host=broker.host, port=broker.port, session_expiry_s=expiry_s, **changes)
     transport = open_transport(config)
     inbox: asyncio.Queue[Delivery] = asyncio.Queue()
     await transport.start(lambda some: [inbox.put_nowait(one) for one in some])
@@ -57,19 +45,25 @@ async def transport_to(broker, **changes) -> AsyncIterator[tuple[SteadyTransport
 
 
 @asynccontextmanager
-async def device_at(broker) -> AsyncIterator[tuple[gmqtt.Client, asyncio.Queue[bytes]]]:
+async def device_at(broker) -> AsyncIterator[tuple[paho.Client, asyncio.Queue[bytes]]]:
     """A device's connection, subscribed to its results."""
-    client, replies = gmqtt.Client("pi-1"), asyncio.Queue()
-    subscribed = asyncio.Event()
-    client.on_message = lambda _client, _topic, payload, _qos, _properties: replies.put_nowait(payload)
-    client.on_subscribe = lambda *_: subscribed.set()
-    await client.connect(broker.host, broker.port)
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, "pi-1", protocol=paho.MQTTv5)
+    replies, subscribed, soon = (
+        asyncio.Queue(),
+        asyncio.Event(),
+        asyncio.get_running_loop().call_soon_threadsafe,
+    )
+    client.on_message = lambda _client, _data, message: soon(replies.put_nowait, message.payload)
+    client.on_subscribe = lambda *_: soon(subscribed.set)
+    client.connect(broker.host, broker.port)
+    client.loop_start()
     client.subscribe(REPLIES, qos=1)
     await asyncio.wait_for(subscribed.wait(), 5)
     try:
         yield client, replies
     finally:
-        await client.disconnect()
+        client.disconnect()
+        client.loop_stop()
 
 
 async def until(condition) -> None:
@@ -130,7 +124,7 @@ async def test_it_goes_on_after_the_broker_restarts(broker):
 
 async def test_it_waits_for_a_broker_that_is_not_there_yet(broker):
     broker.stop()
-    transport = open_transport(BrokerConfig(client=CLIENT, host=broker.host, port=broker.port))
+    transport = open_transport(BrokerConfig(host=broker.host, port=broker.port))
     await transport.start(lambda some: None)
     assert not transport.connected
     broker.start()
