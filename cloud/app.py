@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
+from cryptography import x509
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -53,6 +56,7 @@ def create_app(
         The store's URL, the TLS files or a model cannot be used.
     """
     metrics, tracing = Metrics(), Tracing(config.trace, config.broker.client_id)
+    _tell_expiries(config, metrics)
     store = Store(config.store, metrics.cpu)
     if engine is None:
         engine = open_engine(config, metrics.cpu)
@@ -121,6 +125,23 @@ def create_app(
         Guard, max_body_bytes=config.api.max_body_bytes, requests=metrics.requests, tracing=tracing
     )
     return app
+
+
+def _tell_expiries(config: CloudConfig, metrics: Metrics) -> None:
+    """When the certificates end: the API's as it was at the start, the broker's as it would be shown now."""
+    expires = metrics.certificate_expires
+    if config.api.cert is not None:
+        expires.labels("api").set(_expires_at_s(config.api.cert))
+    if config.broker.tls is not None and config.broker.tls.cert is not None:
+        expires.labels("broker").set_function(partial(_expires_at_s, config.broker.tls.cert))
+
+
+def _expires_at_s(path: str) -> float:
+    """When the PEM certificate ends, in seconds since 1970; not a number where it cannot be read."""
+    try:
+        return x509.load_pem_x509_certificate(Path(path).read_bytes()).not_valid_after_utc.timestamp()
+    except (OSError, ValueError):
+        return math.nan
 
 
 def open_engine(config: CloudConfig, clock: CpuClock) -> Engine:

@@ -88,6 +88,12 @@ class Metrics:
             registry=registry,
         )
         self.revocations_fetched.set_to_current_time()
+        self.certificate_expires = Gauge(
+            "splitward_certificate_expires_timestamp_seconds",
+            "When this worker's certificate ends, by whom it is shown to.",
+            ["to"],
+            registry=registry,
+        )
         self.cpu = CpuClock()
         registry.register(self.cpu)
         ProcessCollector(registry=registry)

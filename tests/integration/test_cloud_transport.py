@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
+from cryptography import x509
 
-from cloud.config import BrokerConfig
+from cloud.authority import Authority
+from cloud.config import BrokerConfig, TlsConfig
 from cloud.errors import TransportError
 from cloud.transport import Delivery, SteadyTransport, open_transport
 from splitward.wire import topics
@@ -174,3 +178,40 @@ async def test_after_unsubscribing_nothing_more_comes_and_replies_still_leave(mo
         device.publish(TOPIC, b"late", qos=1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(inbox.get(), 0.3)
+
+
+def certify(authority: Authority, folder: Path, service: str, *hosts: str) -> int:
+    """A new certificate and key of the service in `folder`; its serial number."""
+    certificate, key = authority.issue_service(service, hosts, 1)
+    (folder / f"{service}.pem").write_bytes(certificate)
+    (folder / f"{service}.key").write_bytes(key)
+    return x509.load_pem_x509_certificate(certificate).serial_number
+
+
+async def test_a_renewed_certificate_is_shown_at_the_next_connection(tmp_path, caplog):
+    authority, shown = Authority(tmp_path / "fleet"), asyncio.Queue()
+    (tmp_path / "authority.pem").write_text(authority.pem)
+    certify(authority, tmp_path, "broker", "127.0.0.1")
+    first = certify(authority, tmp_path, "cloud")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tmp_path / "authority.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(tmp_path / "broker.pem", tmp_path / "broker.key")
+
+    def note(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        shown.put_nowait(x509.load_der_x509_certificate(certificate).serial_number)
+        writer.close()
+
+    server = await asyncio.start_server(note, "127.0.0.1", 0, ssl=context)
+    files = TlsConfig(*(str(tmp_path / name) for name in ("authority.pem", "cloud.pem", "cloud.key")))
+    transport = open_transport(BrokerConfig(port=server.sockets[0].getsockname()[1], tls=files))
+    await transport.start(lambda some: None)
+    async with asyncio.timeout(15):
+        assert await shown.get() == first
+        (tmp_path / "cloud.key").write_text("half a k")  # the certificate is being made anew
+        await until(lambda: "broker.tls" in caplog.text)
+        renewed = certify(authority, tmp_path, "cloud")
+        while await shown.get() != renewed:
+            pass
+    await transport.stop()
+    server.close()

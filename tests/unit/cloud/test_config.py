@@ -1,11 +1,24 @@
 from __future__ import annotations
 
+import math
 import socket
+import time
+from pathlib import Path
 
 import pytest
 
 from cloud.__main__ import main
-from cloud.config import BrokerConfig, CloudConfig, TlsConfig, read_cloud_config
+from cloud.app import create_app
+from cloud.authority import Authority
+from cloud.config import (
+    ApiConfig,
+    BrokerConfig,
+    CloudConfig,
+    FleetConfig,
+    StoreConfig,
+    TlsConfig,
+    read_cloud_config,
+)
 from cloud.transport import open_transport
 from splitward.errors import ConfigError
 
@@ -45,6 +58,37 @@ def test_half_a_key_pair_is_refused(write):
 def test_a_certificate_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"broker\.tls"):
         open_transport(BrokerConfig(tls=TlsConfig(str(tmp_path / "missing.pem"))))
+
+
+def test_a_worker_tells_when_its_certificates_end(tmp_path):
+    authority = Authority(tmp_path / "fleet")
+    names = [str(tmp_path / name) for name in ("authority.pem", "cloud.pem", "cloud.key")]
+
+    def certify(days: float) -> None:
+        pems = (authority.pem.encode(), *authority.issue_service("cloud", (), days))
+        for name, pem in zip(names, pems, strict=True):
+            Path(name).write_bytes(pem)
+
+    certify(10)
+    app = create_app(
+        CloudConfig(
+            models=(),
+            broker=BrokerConfig(tls=TlsConfig(*names)),
+            api=ApiConfig(cert=names[1], key=names[2]),
+            store=StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db"),
+            fleet=FleetConfig(state_dir=str(tmp_path / "fleet")),
+        )
+    )
+
+    def days_left(to: str) -> float:
+        name, registry = "splitward_certificate_expires_timestamp_seconds", app.state.service.metrics.registry
+        return (registry.get_sample_value(name, {"to": to}) - time.time()) / 86_400
+
+    assert (days_left("api"), days_left("broker")) == pytest.approx((10, 10), abs=0.01)
+    certify(20)
+    assert (days_left("api"), days_left("broker")) == pytest.approx((10, 20), abs=0.01)
+    Path(names[1]).write_text("half a certif")
+    assert math.isnan(days_left("broker"))
 
 
 @pytest.mark.parametrize("text", ["", "models = 3", "models = []\n[batch]\nmax_sise = 3"])
