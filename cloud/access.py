@@ -63,7 +63,7 @@ class Access:
         return secret
 
     async def revoke(self, name: str, actor: str) -> None:
-        """Make a token useless at once; `Problem` 404 when there is none of this name."""
+        """Make a token useless at once; an open stream ends within seconds. `Problem` 404 when there is none."""
         tokens = tables.tokens
         change = (
             update(tokens)
@@ -77,7 +77,7 @@ class Access:
 
     async def identify(self, request: Request) -> Caller:
         """Caller of `request`; `Problem` 401 without a valid token where one is needed, 429 when too often."""
-        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        kind, secret = _credentials(request)
         if not secret and self._free:
             self._count(LOCAL)
             return Caller(LOCAL, frozenset(("read", "operate")))
@@ -87,16 +87,30 @@ class Access:
             raise Problem(
                 401, "no_token", "send `Authorization: Bearer TOKEN`.", {"WWW-Authenticate": "Bearer"}
             )
-        tokens, now_ns = tables.tokens.c, time.time_ns()
-        rows = await self._store.read(select(tables.tokens).where(tokens.digest == digest_secret(secret)))
-        for row in rows:
-            if row["revoked_at_ns"] is None and (row["expires_at_ns"] is None or row["expires_at_ns"] > now_ns):
-                self._count(f"token {row['name']}")
-                return Caller(row["name"], frozenset(row["scopes"]))
+        caller = await self._find(secret)
+        if caller is not None:
+            self._count(f"token {caller.name}")
+            return caller
         self._count(host)
         raise Problem(
             401, "bad_token", "the token is unknown, revoked or expired.", {"WWW-Authenticate": "Bearer"}
         )
+
+    async def is_good(self, request: Request) -> bool:
+        """Whether the token of `request`, which was let in, is still good; asked while its answer goes on."""
+        _, secret = _credentials(request)
+        return not secret or await self._find(secret) is not None
+
+    async def _find(self, secret: str) -> Caller | None:
+        """Holder of a token that is known, not revoked and not expired."""
+        tokens = tables.tokens.c
+        good = (
+            tokens.digest == digest_secret(secret),
+            tokens.revoked_at_ns.is_(None),
+            tokens.expires_at_ns.is_(None) | (tokens.expires_at_ns > time.time_ns()),
+        )
+        rows = await self._store.read(select(tokens.name, tokens.scopes).where(*good))
+        return Caller(rows[0]["name"], frozenset(rows[0]["scopes"])) if rows else None
 
     def _count(self, caller: str) -> None:
         """Take one from the caller's allowance, which refills at the configured rate."""
@@ -108,6 +122,12 @@ class Access:
             self._allowance.popitem(last=False)
         if left < 1:
             raise Problem(429, "too_often", "too many requests.", {"Retry-After": str(1 + int(1 / self._rate))})
+
+
+def _credentials(request: Request) -> tuple[str, str]:
+    """Kind and secret of the header `Authorization`."""
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    return kind, secret
 
 
 async def may_read(request: Request) -> Caller:

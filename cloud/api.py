@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -236,11 +237,12 @@ async def result_as_fhir(
 
 
 @router.get("/events")
-async def events(parts: Parts, _: Reader) -> StreamingResponse:
+async def events(parts: Parts, _: Reader, request: Request) -> StreamingResponse:
     """New results as server-sent events: `result`, and `missed` with a count when the reader was slow."""
     if parts.feed.full:
         raise Problem(503, "readers", "as many readers as there may be; close one, or poll /v1/results")
-    return StreamingResponse(parts.feed.stream(), media_type="text/event-stream")
+    stream = parts.feed.stream(partial(parts.access.is_good, request))
+    return StreamingResponse(stream, media_type="text/event-stream")
 
 
 @router.post("/labels", status_code=201)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
 import msgspec
 from prometheus_client import Counter
 
 from cloud.admission import Arrival
+from cloud.errors import StoreError
 from cloud.picture import Picture, draw_released
 from cloud.record import Key, Record
 from splitward.wire.control import Result
@@ -73,9 +76,13 @@ class Feed:
         for reader in self._readers:
             reader.wake.set()
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Events of one reader, until it leaves or the feed closes; a comment keeps an idle one open."""
-        reader = _Reader()
+    async def stream(self, may_go_on: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
+        """Events of one reader, until it leaves, may not go on or the feed closes; a comment keeps an idle one open.
+
+        Whether it may is asked every `KEEP_ALIVE_S`, as a token can be revoked meanwhile. While the store does not
+        answer the stream goes on: without it there is no new result.
+        """
+        reader, asked_s = _Reader(), time.monotonic()
         self._readers.add(reader)
         try:
             yield b": open\n\n"
@@ -85,6 +92,11 @@ class Feed:
                         await reader.wake.wait()
                 except TimeoutError:
                     yield b": idle\n\n"
+                if time.monotonic() - asked_s >= KEEP_ALIVE_S:
+                    asked_s = time.monotonic()
+                    with contextlib.suppress(StoreError):
+                        if not await may_go_on():
+                            return
                 reader.wake.clear()
                 while reader.events:
                     yield reader.events.popleft()

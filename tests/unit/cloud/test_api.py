@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from cloud import feed
+from cloud.config import ApiConfig
 from cloud.errors import StoreError
 from cloud.feed import MAX_READERS, QUEUE_SIZE
 from splitward.wire import topics
@@ -96,8 +98,12 @@ async def test_another_host_name_is_refused(cloud):
     assert answer.status_code == 400
 
 
+async def anybody() -> bool:
+    return True
+
+
 async def test_a_new_result_is_an_event(cloud):
-    stream = cloud.parts.feed.stream()
+    stream = cloud.parts.feed.stream(anybody)
     assert await anext(stream) == b": open\n\n"
     await cloud.send(cloud.activation(3))
     event = await asyncio.wait_for(anext(stream), 5)
@@ -107,8 +113,35 @@ async def test_a_new_result_is_an_event(cloud):
         await asyncio.wait_for(anext(stream), 5)
 
 
+async def test_a_stream_ends_soon_after_its_token_is_revoked(run_cloud, monkeypatch):
+    monkeypatch.setattr(feed, "KEEP_ALIVE_S", 0.02)
+    async with run_cloud(api=ApiConfig(require_token=True)) as cloud:
+        access, found = cloud.parts.access, asyncio.Queue()
+        secret = await access.create("viewer", ("read",), "test")
+        is_good, outages = access.is_good, iter([True])
+
+        async def noted(request) -> bool:
+            if next(outages, False):
+                raise StoreError("the database is away")
+            good = await is_good(request)
+            found.put_nowait(good)
+            return good
+
+        monkeypatch.setattr(access, "is_good", noted)
+        stream = asyncio.create_task(
+            cloud.http.get("/v1/events", headers={"Authorization": f"Bearer {secret}"})
+        )
+        async with asyncio.timeout(10):
+            assert [await found.get() for _ in range(3)] == [True] * 3
+            assert not stream.done()
+            await access.revoke("viewer", "test")
+            answer = await stream
+        assert answer.status_code == 200
+        assert answer.text.startswith(": open\n\n: idle\n\n")
+
+
 async def test_a_slow_reader_misses_events_and_is_told(cloud):
-    stream = cloud.parts.feed.stream()
+    stream = cloud.parts.feed.stream(anybody)
     await anext(stream)
     await cloud.send(cloud.activation())
     records = await cloud.parts.store.results()
@@ -121,7 +154,7 @@ async def test_a_slow_reader_misses_events_and_is_told(cloud):
 
 
 async def test_readers_are_limited(cloud):
-    streams = [cloud.parts.feed.stream() for _ in range(MAX_READERS)]
+    streams = [cloud.parts.feed.stream(anybody) for _ in range(MAX_READERS)]
     for stream in streams:
         await anext(stream)
     assert (await cloud.http.get("/v1/events")).status_code == 503
