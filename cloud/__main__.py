@@ -8,33 +8,44 @@ import gc
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from cloud.access import Access, Scope
 from cloud.app import create_app
 from cloud.authority import Authority
 from cloud.config import CloudConfig, read_cloud_config
 from cloud.feed import Feed
+from cloud.guard import UPLOAD
 from cloud.logs import start_log
 from cloud.problem import Problem
 from cloud.store import Store
 from splitward.disk import write_whole
 from splitward.errors import ConfigError, SplitwardError
 
+REQUEST_S = 30.0
+"""How long a caller may take to send a request, from its connection or the answer before."""
 LINGER_S = 10
 """How long a request may still take at the end: a client that stops reading, or sending, must not hold up the drain."""
 
 
 class _Server(uvicorn.Server):
-    """Ends the event streams at a signal: uvicorn waits for open requests before the lifespan may drain."""
+    """Ends the event streams at a signal: uvicorn waits for open requests before the lifespan may drain.
+
+    It also ends connections that owe it a request for too long, for which uvicorn has no limit: a few hundred of them
+    would use up the process's files.
+    """
 
     def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
         super().__init__(config)
         self._feed = feed
+        self._owing: dict[H11Protocol, tuple[RequestResponseCycle | None, float]] = {}
+        """By connection: the last request that began, and since when the rest of it, or the next one, is awaited."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and take what is in memory then out of Python's garbage collection: it stays, and to go through
@@ -43,9 +54,40 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if counter % 10 == 0:
+            self._end_slow()
+        return await super().on_tick(counter)
+
+    def _end_slow(self) -> None:
+        now_s, before, self._owing = time.monotonic(), self._owing, {}
+        for connection in self.server_state.connections:
+            if (
+                not isinstance(connection, H11Protocol)
+                or connection.transport.is_closing()
+                or not _owes(connection)
+            ):
+                continue
+            cycle, since_s = before.get(connection, (connection.cycle, now_s))
+            if cycle is not connection.cycle:
+                since_s = now_s
+            if now_s - since_s > REQUEST_S:
+                connection.transport.close()
+            else:
+                self._owing[connection] = connection.cycle, since_s
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._feed.close()
         super().handle_exit(sig, frame)
+
+
+def _owes(connection: H11Protocol) -> bool:
+    """Whether a caller is to send something: a request, or the rest of one, but for the upload, which may take long."""
+    cycle: RequestResponseCycle | None = connection.cycle
+    if cycle is None or cycle.response_complete:
+        return True
+    return cycle.more_body and cycle.scope["path"] != UPLOAD
 
 
 def main(argv: list[str] | None = None) -> int:

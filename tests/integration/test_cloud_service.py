@@ -194,19 +194,22 @@ cloud._serve(app, types.SimpleNamespace(api=ApiConfig(port=int(sys.argv[1]))))
 """
 
 
+def connect(port: int) -> socket.socket:
+    """A connection to a server that is starting."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+        except ConnectionRefusedError:  # noqa: PERF203  # it is not there yet
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
 def test_sigterm_ends_the_server_though_a_caller_does_not_read():
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", LARGE, str(port)])
     try:
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while True:
-            try:
-                caller = socket.create_connection(("127.0.0.1", port))
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline_s
-                time.sleep(0.05)
-        with caller:
+        with connect(port) as caller:
             caller.sendall(b"GET / HTTP/1.1\r\nHost: cloud\r\n\r\n")
             assert caller.recv(4) == b"HTTP"  # it is being answered; more follows than buffers hold
             process.send_signal(signal.SIGTERM)
@@ -214,3 +217,74 @@ def test_sigterm_ends_the_server_though_a_caller_does_not_read():
     finally:
         process.kill()
         process.wait()
+
+
+SLOW = """
+import asyncio, sys, types
+from fastapi import FastAPI, Request
+from cloud import __main__ as cloud
+from cloud.config import ApiConfig
+
+app = FastAPI()
+app.state.service = types.SimpleNamespace(feed=types.SimpleNamespace(close=lambda: None))
+
+@app.get("/slow")
+async def slow():
+    await asyncio.sleep(3)
+
+@app.post("/other")
+@app.post("/v1/bundles")
+async def take(request: Request):
+    return len(await request.body())
+
+cloud.REQUEST_S = 1.0
+cloud._serve(app, types.SimpleNamespace(api=ApiConfig(port=int(sys.argv[1]))))
+"""
+
+
+def post(path: str, length: int) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: cloud\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def test_a_caller_that_sends_no_whole_request_is_ended_and_a_slow_answer_is_not():
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(port)])
+    get = b"GET /other HTTP/1.1\r\nHost: cloud\r\n"
+    begun = {"silent": b"", "head": get, "body": post("/other", 10_000), "second": get + b"\r\n" + get}
+    try:
+        good, upload = connect(port), connect(port)
+        good.sendall(b"GET /slow HTTP/1.1\r\nHost: cloud\r\n\r\n")
+        upload.sendall(post("/v1/bundles", 30))
+        slow = {name: connect(port) for name in begun}
+        for name, caller in slow.items():
+            caller.sendall(begun[name])
+            caller.setblocking(False)
+        uploaded, deadline_s = 0, time.monotonic() + 20
+        while slow or uploaded < 30:
+            assert time.monotonic() < deadline_s, list(slow)
+            time.sleep(0.1)  # each sends a byte, so that it is never idle
+            if uploaded < 30:
+                uploaded += upload.send(b"x")
+            for name, caller in list(slow.items()):
+                if is_ended(caller, b"" if name == "silent" else b"x"):
+                    slow.pop(name).close()
+        assert good.recv(15) == b"HTTP/1.1 200 OK"
+        assert upload.recv(15) == b"HTTP/1.1 200 OK"
+        for caller in (good, upload):
+            caller.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_ended(caller: socket.socket, data: bytes) -> bool:
+    """Whether the server has closed; otherwise it gets `data`."""
+    try:
+        caller.send(data)
+        while caller.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
