@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import sys
 import time
@@ -29,6 +28,7 @@ from cloud.errors import CloudError
 from cloud.metrics import RECENT_NS, Metrics
 from cloud.problem import Problem
 from cloud.store import Store
+from splitward.disk import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Trainings:
             "password": self._broker.password,
         } | ({"ca": tls.ca, "cert": tls.cert, "key": tls.key} if tls else {})
         self._folder.mkdir(parents=True, exist_ok=True)
-        _write_secret(self._folder / "broker.json", msgspec.json.encode(place))
+        write_whole(self._folder / "broker.json", msgspec.json.encode(place))
         for name, values in wanted.items():
             (self._folder / name).mkdir(exist_ok=True)
             (self._folder / name / "wanted.json").write_text(json.dumps(values), encoding="utf-8")
@@ -222,8 +222,3 @@ class Trainings:
         change = {"state": state, "reason": reason, "changed_at_ns": time.time_ns()}
         await connection.execute(update(trainings).where(trainings.c.id == training).values(change))
         await audit.record(connection, actor, f"training.{state}", training, reason=reason)
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
