@@ -28,6 +28,8 @@ from cloud.problem import Problem
 from cloud.record import MAX_INTEGER, Label
 from cloud.rollout import Plan
 from cloud.routes import Parts, as_json
+from splitward.wire.control import MAX_BYTES
+from splitward.wire.orders import Command, encode_order
 
 MAX_LIMIT = 1000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
@@ -351,6 +353,7 @@ async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Wh
 @router.post("/devices/{site}/{device}/commands", status_code=202)
 async def command(parts: Parts, caller: Operator, site: InPath, device: InPath, body: NewCommand) -> Response:
     """Order one device to do something."""
+    _refuse_unsendable(parts, site, device, body)
     order = await parts.rollouts.command(site, device, body.name, body.arguments, caller.name)
     return as_json({"order": order}, 202)
 
@@ -441,3 +444,16 @@ def _refuse_zero(text: str) -> None:
     """PostgreSQL has no place for the character 0 in a text."""
     if "\0" in text:
         raise Problem(422, "invalid", "after: holds a character that no name has.")
+
+
+def _refuse_unsendable(parts: Parts, site: str, device: str, body: NewCommand) -> None:
+    """The device would refuse the order, or it cannot be written, so it is refused here; made of the longest values."""
+    longest = {"id": "0" * 32, "serial": MAX_INTEGER, "site": site, "device": device}
+    try:
+        order = Command(**longest, name=body.name, arguments=body.arguments)
+        size = len(encode_order(order, parts.authority.order_key))
+    except (ValueError, RecursionError) as error:
+        raise Problem(422, "bad_arguments", f"arguments: {error}.") from error
+    if size > MAX_BYTES:
+        detail = f"arguments: the order would have {size} bytes, and a device takes {MAX_BYTES}."
+        raise Problem(422, "oversize", detail)

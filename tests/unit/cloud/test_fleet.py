@@ -298,6 +298,23 @@ async def test_the_audit_trail_shows_what_was_changed_in_it(fleet):
     assert await audit.verify(fleet.parts.store) == 2
 
 
+async def test_an_order_that_a_device_would_refuse_for_its_size_is_not_sent(fleet):
+    def asked(text: str) -> dict:
+        return {"name": "configure", "arguments": {"settings": text}}
+
+    url, fits = "/v1/devices/ward/pi-1/commands", asked("x" * 48_500)
+    assert (await fleet.http.post(url, json=fits)).status_code == 202
+    ((_, payload, _),) = fleet.transport.orders
+    key = fleet.parts.authority.order_key.public_key()
+    assert isinstance(decode_order(payload, key, site="ward", device="pi-1"), Command)
+    half = b'{"name": "configure", "arguments": {"settings": "\\ud800"}}'  # of a pair of UTF-16
+    for content, reason in ((json.dumps(asked("x" * 49_152)), "oversize"), (half, "bad_arguments")):
+        answer = await fleet.http.post(url, content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["reason"]) == (422, reason)
+    assert "65536" in (await fleet.http.post(url, json=asked("x" * 60_000))).json()["detail"]
+    assert len(fleet.transport.orders) == len(await fleet.parts.store.read(tables.orders.select())) == 1
+
+
 async def test_without_a_broker_an_order_is_503(fleet):
     fleet.transport.connected = False
     answer = await fleet.http.post("/v1/devices/ward/pi-1/commands", json={"name": "restart"})
