@@ -448,9 +448,10 @@ def _refuse_zero(text: str) -> None:
 
 def _refuse_unsendable(parts: Parts, site: str, device: str, body: NewCommand) -> None:
     """The device would refuse the order, or it cannot be written, so it is refused here; made of the longest values."""
-    longest = {"id": "0" * 32, "serial": MAX_INTEGER, "site": site, "device": device}
+    order = Command(
+        id="0" * 32, serial=MAX_INTEGER, site=site, device=device, name=body.name, arguments=body.arguments
+    )
     try:
-        order = Command(**longest, name=body.name, arguments=body.arguments)
         size = len(encode_order(order, parts.authority.order_key))
     except (ValueError, RecursionError) as error:
         raise Problem(422, "bad_arguments", f"arguments: {error}.") from error
