@@ -108,8 +108,8 @@ class Capture:
     supersede: Callable[[], None]
 
     def name(self, name: str) -> str:
-        """Name of a frame of this source."""
-        return f"{self.config.name}/{name}" if self.config.name else name
+        """Name of a frame of this source, which every encoder takes."""
+        return printable(f"{self.config.name}/{name}" if self.config.name else name)
 
     def is_poison(self, name: str) -> bool:
         """Whether the file or frame `name`, or a frame of that file, has ended the releaser twice."""
@@ -201,6 +201,12 @@ def merge(sources: Sequence[Source], stop: threading.Event) -> Iterator[Frame]:
             left -= 1
         else:
             yield item
+
+
+def printable(text: str) -> str:
+    """`text` as it is, but that surrogates are escaped: a file's name need not be UTF-8, and Python then stands one
+    in for each of its odd bytes, which nothing but the file system takes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def digest_of(name: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge.capture import Capture, Frame, digest_of
+from edge.capture import Capture, Frame, digest_of, printable
 from edge.errors import CaptureError
 from splitward.errors import DataError
 from splitward.imaging.inputs import Pixels
@@ -96,7 +96,7 @@ class FolderSource:
     def _fail(self, path: Path, key: str, reason: str, message: str) -> None:
         log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
         self.capture.lose(reason, digest_of(key))
-        self._sort(path, {"reason": reason, "message": message})
+        self._sort(path, {"reason": reason, "message": printable(message)})
 
     def _sort(self, path: Path, failure: dict[str, str] | None = None) -> None:
         """Move a file to done/, or to failed/ with the reason beside it."""

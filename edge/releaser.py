@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from edge.capture import Capture, Digests, Frame, merge, open_source
+from edge.capture import Capture, Digests, Frame, merge, open_source, printable
 from edge.config import CaptureConfig
 from edge.errors import BackendError, CaptureError
 from edge.model import ClientModel
@@ -213,8 +213,8 @@ class _PipeHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record; the fields given as `extra` go along."""
         given: tuple[str, ...] = ("file", "frame", "error")
-        fields = {key: str(record.__dict__[key]) for key in given if key in record.__dict__}
-        self._pipe.send(Logged(record.levelno, record.name, record.getMessage(), fields))
+        fields = {key: printable(str(record.__dict__[key])) for key in given if key in record.__dict__}
+        self._pipe.send(Logged(record.levelno, record.name, printable(record.getMessage()), fields))
 
 
 def main(arguments: list[str]) -> int:

@@ -99,6 +99,21 @@ def test_a_receiver_refuses_what_would_fill_the_disk(
     assert not list((tmp_path / "received").glob("*.dcm"))
 
 
+def test_names_that_are_not_utf_8_stop_no_device(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:
+    config = configure(tmp_path, mosquitto, tiny_bundle, 1)
+    images = tmp_path / "images"
+    images.mkdir()
+    black = png(np.zeros((8, 8), np.uint8))
+    for name, data in (("M\udcfcller.png", black), ("bad\udcff.png", b"no image"), ("zzz.png", black)):
+        (images / name).write_bytes(data)  # the bytes FC and FF
+    capture = CaptureConfig(kind="folder", path=str(images), sort=True)
+    with cloud_at(mosquitto):
+        report = run_agent(msgspec.structs.replace(config, capture=capture), until_answered=True)
+    assert report.dropped == {"unreadable": 1}
+    assert sorted(read_answers(tmp_path)) == [r"M\udcfcller.png", "zzz.png"]
+    assert sorted(path.name for path in (images / "done").iterdir()) == ["M\udcfcller.png", "zzz.png"]
+
+
 def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")

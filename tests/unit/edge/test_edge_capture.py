@@ -118,6 +118,24 @@ def test_files_are_sorted_when_their_frames_are_safe_and_not_before(tmp_path: Pa
     assert len(list((tmp_path / "done").glob("a*.png"))) == 2, "a file of the same name is not replaced"
 
 
+def test_names_that_are_not_utf_8_are_names_like_any_other(tmp_path: Path) -> None:
+    config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
+    for name in ("M\udcfcller.png", "poison\udcff.png", "zzz.png"):  # the bytes FC and FF
+        Image.fromarray(BLACK).save(tmp_path / name)
+    (tmp_path / "bad\udcff.png").write_bytes(b"no image")
+    setting = Setting(poison=(r"poison\udcff.png",))
+    odd, plain = setting.frames(**config)
+    assert (odd.name, plain.name) == (r"M\udcfcller.png", "zzz.png")
+    assert sorted(setting.lost) == ["crashed", "unreadable"]
+    failure = json.loads((tmp_path / "failed" / "bad\udcff.png.json").read_bytes())
+    assert r"bad\udcff.png" in failure["message"]
+    assert odd.digest is not None
+    assert odd.settle is not None
+    known = Setting(frozenset([odd.digest]))
+    assert [frame.name for frame in known.frames(**config)] == ["zzz.png"]
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["M\udcfcller.png"]
+
+
 def test_a_watched_folder_gives_files_that_come_later(tmp_path: Path) -> None:
     shared = Setting()
     Image.fromarray(BLACK).save(tmp_path / "a.png")
