@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import msgspec
 from edge.capture import Capture, Frame
 from edge.errors import CaptureError
 from edge.folder import dicom_folder
+from splitward.disk import move_whole
 
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
 INCOMING = ".incoming"
@@ -77,7 +79,9 @@ class ReceiverSource:
         uid = str(event.request.AffectedSOPInstanceUID)
         if not _UID.fullmatch(uid):
             return CANNOT_UNDERSTAND
-        partial = self._path / INCOMING / f"{uid}.dcm"
+        partial = (
+            self._path / INCOMING / f"{uid}.{secrets.token_hex(8)}"
+        )  # two may send the same object at once
         try:
             data = event.encoded_dataset()
             if len(data) > MAX_OBJECT_BYTES:
@@ -91,7 +95,7 @@ class ReceiverSource:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(self._path / f"{uid}.dcm")
+            move_whole(partial, self._path / f"{uid}.dcm")
         except OSError as error:
             log.error("a DICOM object is refused: %s", error.strerror)
             with contextlib.suppress(OSError):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,9 @@ from PIL import Image
 from edge.capture import Capture, Digests, Frame, Source, open_source
 from edge.config import CaptureConfig
 from edge.errors import CaptureError
+from edge.receiver import SUCCESS, ReceiverSource
 from edge.recording import read_recording
+from firmware_sim.broker import free_port
 from splitward.imaging.inputs import to_frame
 from splitward.wire.bundle import InputSpec
 
@@ -175,6 +181,58 @@ def test_dicom_files_give_each_of_their_frames(tmp_path: Path) -> None:
     assert all(frame.pixels.shape == (8, 8) for frame in frames)
     known = frozenset(frame.digest for frame in frames[1:3] if frame.digest is not None)
     assert [frame.name for frame in Setting(known).frames(**config)] == ["one.dcm", "three.dcm#2"]
+
+
+@contextlib.contextmanager
+def receiving(folder: Path) -> Iterator[ReceiverSource]:
+    pytest.importorskip("pynetdicom", reason="pynetdicom is not installed: pip install 'splitward[dicom]'")
+    source = Setting().open(
+        kind="receiver", path=str(folder), listen=f"127.0.0.1:{free_port()}", min_free_bytes=0
+    )
+    assert isinstance(source, ReceiverSource)
+    try:
+        yield source
+    finally:
+        source._server.shutdown()
+
+
+def store(source: ReceiverSource, data: bytes) -> int:
+    """The answer to a request to store `data` as the object 1.2.3."""
+    request = SimpleNamespace(AffectedSOPInstanceUID="1.2.3")
+    return source._store(SimpleNamespace(request=request, encoded_dataset=lambda: data))
+
+
+def test_a_received_object_has_its_name_on_the_disk_before_it_is_answered(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    real, flushed = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        at = Path(f"/proc/self/fd/{descriptor}").resolve()
+        flushed.append((at.is_dir(), sorted(path.name for path in tmp_path.glob("*.dcm"))))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with receiving(tmp_path) as source:
+        assert store(source, b"object") == SUCCESS
+    assert flushed == [(False, []), (True, ["1.2.3.dcm"])], "the object, and then its name in the folder"
+
+
+def test_two_that_send_the_same_object_at_once_are_both_answered(tmp_path: Path, monkeypatch: Any) -> None:
+    both = threading.Barrier(2)
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_file():
+            both.wait(10)  # neither is renamed before the other is written
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with receiving(tmp_path) as source, ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda data: store(source, data), (b"a" * 999, b"b" * 999))
+        assert list(answers) == [SUCCESS, SUCCESS]
+    assert (tmp_path / "1.2.3.dcm").read_bytes() in (b"a" * 999, b"b" * 999)
+    assert not list((tmp_path / ".incoming").iterdir())
 
 
 @pytest.mark.parametrize(
