@@ -19,6 +19,7 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from edge.backlog import Backlog, Order
 from edge.config import SpoolConfig
 from edge.errors import DiskFull, SpoolError
 from edge.salvage import Salvage, salvage
+from splitward.disk import move_whole
 
 SCHEMA_VERSION = 2
 REMEMBERED = 200_000
@@ -123,23 +125,22 @@ class Spool:
         self._digests: list[int] = []
         self._counts_changed = False
         self.staged_bytes = self._clock_written_ns = 0
-        saved: Salvage | None = None
+        aside = self._beside(f".damaged-{time.time_ns()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._put_in(aside)
             try:
                 self._database = self._open()
             except sqlite3.OperationalError:
                 raise  # locked, full, or not permitted: the file itself may be sound
             except sqlite3.DatabaseError as error:
-                saved = self._move_aside(error)
+                self._replace(error, aside)
                 self._database = self._open()
             self._load()
         except (sqlite3.Error, OSError) as error:
             raise SpoolError(
                 f"{path}: {error}. The agent must be able to write there, and no other agent may use it."
             ) from error
-        if saved is not None:
-            self._take_over(saved)
 
     @property
     def changed(self) -> bool:
@@ -389,17 +390,31 @@ class Spool:
         self._clock_written_ns = self._clock_ns
         self._started_ns = self._monotonic_ns()
 
-    def _move_aside(self, error: sqlite3.DatabaseError) -> Salvage:
+    def _replace(self, error: sqlite3.DatabaseError, aside: Path) -> None:
+        """Write what can be saved of a damaged file to a new one, and only then let them change places."""
         saved = salvage(self._path)
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
         log.error(
             "%s: is damaged (%s); kept as %s, %d frames of it are taken over",
             *(self._path, error, aside.name, len(saved.rows)),
         )
-        self._path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        return saved
+        for suffix in ("", "-wal", "-shm"):  # of a start that was cut short
+            self._beside(".new" + suffix).unlink(missing_ok=True)
+        with closing(Spool(self._beside(".new"), self._config, self._monotonic_ns)) as new:
+            new._take_over(saved)
+        move_whole(self._path, aside)
+        self._put_in(aside)
+
+    def _put_in(self, aside: Path) -> None:
+        """Let the new file take the place of a damaged one that is out of the way, be it since an earlier start."""
+        if self._path.exists() or not self._beside(".new").exists():
+            return
+        if self._beside("-wal").exists():  # the damaged file's; SQLite would take it for the new one's
+            move_whole(self._beside("-wal"), aside.with_name(aside.name + "-wal"))
+        self._beside("-shm").unlink(missing_ok=True)
+        move_whole(self._beside(".new"), self._path)
+
+    def _beside(self, suffix: str) -> Path:
+        return self._path.with_name(self._path.name + suffix)
 
     def _take_over(self, saved: Salvage) -> None:
         for row in saved.rows:
@@ -408,6 +423,9 @@ class Spool:
         self.dropped |= saved.dropped
         self.drop("spool_damaged")
         self.commit()
+        self._database.execute(
+            "PRAGMA wal_checkpoint(TRUNCATE)"
+        ).fetchall()  # into the file that will be renamed
 
     def _first(self, condition: str, values: tuple[bytes | int, ...]) -> Entry | None:
         query = f"SELECT {_COLUMNS} FROM frame WHERE {condition}"  # noqa: S608  # constants of this module

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,62 @@ def test_frames_are_found_in_a_file_that_sqlite_cannot_open(tmp_path: Path) -> N
     with opened(tmp_path / "spool") as spool:
         assert sorted(listed(spool)) == list(range(50))
         assert spool.dropped == {"spool_damaged": 1}
+
+
+def test_a_cut_at_each_step_of_a_salvage_loses_none_of_what_is_saved(tmp_path: Path) -> None:
+    with opened(tmp_path / "sound" / "spool") as spool:
+        add(spool, *(entry(sequence, message(sequence, 500)) for sequence in range(100)), digest=5)
+    with opened(tmp_path / "sound" / "spool") as spool:
+        spool.drop("unreadable")
+        add(spool, *(entry(sequence, message(sequence, 500)) for sequence in range(100, 200)))
+        shutil.copytree(
+            tmp_path / "sound", tmp_path / "cut"
+        )  # with its write-ahead log, as a power cut leaves it
+    with (tmp_path / "cut" / "spool").open("r+b") as file:
+        file.seek(8 * 4096)
+        file.write(b"\xff" * 4096)
+    shutil.copytree(tmp_path / "cut", tmp_path / "whole")
+    with opened(tmp_path / "whole" / "spool") as spool:
+        saved, counted = listed(spool), spool.dropped
+        assert len(saved) > 150
+        assert counted["spool_damaged"] == 1
+    for step in range(100):
+        folder = tmp_path / f"step-{step}"
+        shutil.copytree(tmp_path / "cut", folder)
+        whole = not open_until(step, folder / "spool")
+        with opened(folder / "spool") as spool:
+            assert (listed(spool), spool.dropped) == (saved, counted), step
+            assert digests(spool) == {5}
+        if whole:
+            break
+    assert whole
+    assert step > 5
+
+
+def open_until(step: int, path: Path) -> bool:
+    """Open a spool in a process that ends before it changes the folder, or begins a commit, for the `step`th time;
+    whether it ended so."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = step
+
+    def count(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            if not left:
+                os._exit(9)
+            left -= 1
+            return real(*arguments, **named)
+
+        return wrapped
+
+    try:
+        for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "fsync"), (Spool, "commit")):
+            setattr(owner, name, count(getattr(owner, name)))
+        Spool(path, FAST, Clock())
+    finally:
+        os._exit(0)
 
 
 def test_a_second_agent_is_kept_out(tmp_path: Path) -> None:
