@@ -68,10 +68,11 @@ class ModelStore:
         move_whole(file, self.path(model))
 
     def activate(self, model: str, order: str = "") -> None:
-        """Let `model` run, on trial, until `accept` or `roll_back`."""
+        """Let `model` run, on trial, until `accept` or `roll_back`. Only what has proved itself is gone back to."""
         active = self.active
-        previous = active.previous if model == active.model else active.model
-        self._save(Active(model, previous, Trial(order, 0)))
+        proven = active.trial is None and active.model != model
+        previous = active.model if proven else active.previous
+        self._save(Active(model, "" if previous == model else previous, Trial(order, 0)))
 
     def note_start(self) -> Trial | None:
         """Count a start under trial, before the bundle is touched; the trial, if there is one."""

@@ -374,6 +374,31 @@ def test_a_setting_is_changed_by_order_and_kept(
     assert load_settings(path, {"SPLITWARD_EDGE__LINK__STATUS_S": "7.0"}).link.status_s == 7.0
 
 
+def test_a_bundle_on_trial_is_not_gone_back_to(tmp_path: Path) -> None:
+    configured = tmp_path / "configured.bundle"
+    configured.touch()
+    device = msgspec.structs.replace(
+        EdgeConfig().device, state_dir=str(tmp_path / "state"), bundle=str(configured)
+    )
+    models = ModelStore(EdgeConfig(device=device))
+
+    def try_out(model: str) -> None:
+        (tmp_path / model).touch()
+        models.take(tmp_path / model, model)
+        models.activate(model)
+        models.note_start()
+
+    try_out("a")
+    models.accept()
+    try_out("b")
+    try_out("c")
+    assert models.roll_back() == "a"
+    try_out("b")
+    try_out("a")  # announced again, before b has proved itself
+    assert models.roll_back() == ""
+    assert models.path() == configured
+
+
 def test_going_back_needs_something_to_go_back_to(tmp_path: Path) -> None:
     config = EdgeConfig()
     device = msgspec.structs.replace(config.device, state_dir=str(tmp_path))
