@@ -72,38 +72,43 @@ class FolderSource:
 
     def _read(self, path: Path, modified_ns: int) -> Iterator[Frame]:
         name = path.relative_to(self.path).as_posix()
-        key = f"{self.capture.name(name)}@{modified_ns}"
+        key = self._key(path, modified_ns)
         if digest_of(key) in self.capture.known:
-            self._sort(path)  # the agent was stopped before it could
+            self._sort(path, modified_ns)  # the agent was stopped before it could
             return
         if self.capture.is_poison(name):
-            self._fail(path, key, "crashed", "reading or releasing it ended the releaser twice.")
+            self._fail(path, modified_ns, "crashed", "reading or releasing it ended the releaser twice.")
             return
         try:
             with self.capture.open(self.capture.name(name)):
                 images = self.read(path)
         except DataError as error:
-            self._fail(path, key, "unreadable", str(error))
+            self._fail(path, modified_ns, "unreadable", str(error))
             return
         for index, pixels in enumerate(images):
             # The last frame of a file stands for the whole file, so that a restart need not read it again.
             last = index == len(images) - 1
             digest = digest_of(key + ("" if last else f"#{index}"))
             if digest not in self.capture.known:
-                settle = (lambda: self._sort(path)) if last else None
+                settle = (lambda: self._sort(path, modified_ns)) if last else None
                 yield self.capture.take(name if len(images) == 1 else f"{name}#{index}", pixels, digest, settle)
 
-    def _fail(self, path: Path, key: str, reason: str, message: str) -> None:
-        log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
-        self.capture.lose(reason, digest_of(key))
-        self._sort(path, {"reason": reason, "message": printable(message)})
+    def _key(self, path: Path, modified_ns: int) -> str:
+        return f"{self.capture.name(path.relative_to(self.path).as_posix())}@{modified_ns}"
 
-    def _sort(self, path: Path, failure: dict[str, str] | None = None) -> None:
-        """Move a file to done/, or to failed/ with the reason beside it."""
+    def _fail(self, path: Path, modified_ns: int, reason: str, message: str) -> None:
+        log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
+        self.capture.lose(reason, digest_of(self._key(path, modified_ns)))
+        self._sort(path, modified_ns, {"reason": reason, "message": printable(message)})
+
+    def _sort(self, path: Path, modified_ns: int, failure: dict[str, str] | None = None) -> None:
+        """Move a file to done/, or to failed/ with the reason beside it; one that has changed since stays."""
         if not self.capture.config.sort:
             return
         target = self.path / (FAILED if failure else DONE) / path.relative_to(self.path)
         try:
+            if path.stat().st_mtime_ns != modified_ns:
+                return
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target = target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}")

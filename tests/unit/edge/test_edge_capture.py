@@ -124,6 +124,24 @@ def test_files_are_sorted_when_their_frames_are_safe_and_not_before(tmp_path: Pa
     assert len(list((tmp_path / "done").glob("a*.png"))) == 2, "a file of the same name is not replaced"
 
 
+def test_a_file_that_is_replaced_is_not_sorted_for_the_one_before(tmp_path: Path) -> None:
+    config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
+    latest = tmp_path / "latest.png"
+    Image.fromarray(BLACK).save(latest)
+    (first,) = Setting().frames(**config)
+    assert first.digest is not None
+    assert first.settle is not None
+    Image.fromarray(BLACK + 1).save(tmp_path / "next.tmp", "PNG")
+    (tmp_path / "next.tmp").replace(latest)
+    first.settle()
+    (second,) = Setting(frozenset([first.digest])).frames(**config)
+    assert second.pixels.max() == 1
+    assert second.settle is not None
+    second.settle()
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["latest.png"]
+    assert not latest.exists()
+
+
 def test_names_that_are_not_utf_8_are_names_like_any_other(tmp_path: Path) -> None:
     config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
     for name in ("M\udcfcller.png", "poison\udcff.png", "zzz.png"):  # the bytes FC and FF
