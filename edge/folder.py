@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,6 +23,14 @@ WATCH_PART = 0.02
 """Most of the time that looking for files may take: a folder of a hundred thousand is looked at less often."""
 DONE, FAILED = "done", "failed"
 log = logging.getLogger(__name__)
+
+
+class _Look(NamedTuple):
+    """A file as it was when the folder was looked at."""
+
+    path: Path
+    modified_ns: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -39,25 +48,30 @@ class FolderSource:
         return self.capture.pace(self._frames())
 
     def _frames(self) -> Iterator[Frame]:
-        seen: set[tuple[Path, int]] = set()
+        seen: set[_Look] = set()
+        young: set[_Look] = set()
         while True:
             started_s = time.monotonic()
-            files = self._files()
+            files, young = self._files(young)
             pause_s = max(WATCH_S, (time.monotonic() - started_s) / WATCH_PART)
             seen &= set(files)  # no longer than the folder itself
-            for path, modified_ns in files:
-                if (path, modified_ns) not in seen:
-                    seen.add((path, modified_ns))
-                    yield from self._read(path, modified_ns)
+            for look in files:
+                if look not in seen:
+                    seen.add(look)
+                    yield from self._read(look.path, look.modified_ns)
             if not self.capture.config.watch or self.capture.stop.wait(pause_s):
                 return
 
-    def _files(self) -> list[tuple[Path, int]]:
-        """Files with their time of change; in a watched folder only those that are no longer written to."""
+    def _files(self, young: set[_Look]) -> tuple[list[_Look], set[_Look]]:
+        """Files, and which of all are young; in a watched folder only those that are no longer written to.
+
+        These are old, or `young` at the look before and the same now: a file may come with a time that lies ahead.
+        """
         watch = self.capture.config.watch
         # Against the file system's own clock: the device's may have jumped since the file was written.
         settled_ns = _file_system_now_ns(self.path) - int(WATCH_S * 1e9) if watch else 0
-        found = []
+        found: list[_Look] = []
+        young_now: set[_Look] = set()
         for folder, folders, names in os.walk(self.path):
             if Path(folder) == self.path and self.capture.config.sort:
                 folders[:] = [name for name in folders if name not in (DONE, FAILED)]
@@ -65,10 +79,14 @@ class FolderSource:
                 path = Path(folder, name)
                 if path.suffix.lower() in self.suffixes:
                     with contextlib.suppress(OSError):  # removed since it was listed
-                        modified_ns = path.stat().st_mtime_ns
-                        if not watch or modified_ns < settled_ns:
-                            found.append((path, modified_ns))
-        return sorted(found)
+                        state = path.stat()
+                        look = _Look(path, state.st_mtime_ns, state.st_size)
+                        is_young = watch and look.modified_ns >= settled_ns
+                        if is_young:
+                            young_now.add(look)
+                        if not is_young or look in young:
+                            found.append(look)
+        return sorted(found), young_now
 
     def _read(self, path: Path, modified_ns: int) -> Iterator[Frame]:
         name = path.relative_to(self.path).as_posix()

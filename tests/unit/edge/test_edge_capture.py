@@ -171,6 +171,19 @@ def test_a_watched_folder_gives_files_that_come_later(tmp_path: Path) -> None:
     assert list(frames) == []
 
 
+def test_a_watched_folder_gives_a_file_whose_time_lies_ahead_and_gives_it_once(tmp_path: Path) -> None:
+    shared = Setting()
+    Image.fromarray(BLACK).save(tmp_path / "ahead.png")
+    os.utime(tmp_path / "ahead.png", (time.time() + 86400,) * 2)
+    frames = iter(shared.open(kind="folder", path=str(tmp_path), watch=True))
+    limit = threading.Timer(30.0, shared.stop.set)
+    limit.start()
+    assert next(frames).name == "ahead.png"
+    Image.fromarray(BLACK).save(tmp_path / "later.png")
+    assert next(frames).name == "later.png"
+    limit.cancel()
+
+
 def test_dicom_files_give_each_of_their_frames(tmp_path: Path) -> None:
     dicom = pytest.importorskip("splitward.imaging.dicom")
 
