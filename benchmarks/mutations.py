@@ -44,7 +44,7 @@ def corpus(draw: random.Random) -> list[bytes]:
         ):
             device = "".join(draw.choices("abcXYZ019_-", k=draw.randint(1, 63)))
             scale, zero = (1.0, 0) if values.dtype == np.float32 else (0.0123, draw.randint(-128, 127))
-            place = (f"d{device}", draw.randbytes(16), draw.randrange(1 << 64), draw.randrange(1 << 64))
+            place = (f"d{device}", draw.randbytes(16), draw.randrange(1 << 63), draw.randrange(1 << 63))
             found.append(encode(Activation(*place, draw.randbytes(16), values, scale, zero)))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from cloud.config import LimitsConfig
-from cloud.record import MAX_INTEGER, Key
+from cloud.record import Key
 from cloud.transport import Delivery
 from splitward.errors import MessageError
 from splitward.wire.message import Activation
@@ -38,8 +38,7 @@ def check(
     Raises
     ------
     MessageError
-        `wrong_device`, `unknown_model`, `wrong_shape`, `wrong_dtype`, `wrong_scale`, `out_of_range` or
-        `clock_skew`.
+        `wrong_device`, `unknown_model`, `wrong_shape`, `wrong_dtype`, `wrong_scale` or `clock_skew`.
     """
     if activation.device != device:
         raise MessageError("wrong_device", f"device {activation.device} sent on the topic of {device}.")
@@ -56,8 +55,6 @@ def check(
     if (activation.scale, activation.zero_point) != (law.scale, 0):
         given = f"scale {activation.scale}, zero point {activation.zero_point}"
         raise MessageError("wrong_scale", f"{given}; {card.name} releases scale {law.scale}, zero point 0.")
-    if max(activation.sequence, activation.captured_at_ns) > MAX_INTEGER:
-        raise MessageError("out_of_range", f"sequence and capture time must not exceed {MAX_INTEGER}.")
     ahead_s = (activation.captured_at_ns - now_ns) / 1e9
     if (limits.max_ahead_s and ahead_s > limits.max_ahead_s) or (
         limits.max_age_s and -ahead_s > limits.max_age_s

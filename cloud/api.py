@@ -25,10 +25,11 @@ from cloud.access import Operator, Reader, count_stranger
 from cloud.export import csv_of_results, parquet_of_results
 from cloud.fhir import MEDIA_TYPE, diagnostic_report
 from cloud.problem import Problem
-from cloud.record import MAX_INTEGER, Label
+from cloud.record import Label
 from cloud.rollout import Plan
 from cloud.routes import Parts, as_json
 from splitward.wire.control import MAX_BYTES
+from splitward.wire.names import MAX_INTEGER
 from splitward.wire.orders import Command, encode_order
 
 MAX_LIMIT = 1000

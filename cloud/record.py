@@ -9,9 +9,6 @@ from splitward.wire.control import Result, Status
 Key = tuple[str, str, int]
 """Device, boot (32 hexadecimal digits) and sequence: names a frame for ever."""
 
-MAX_INTEGER = (1 << 63) - 1
-"""Largest integer that both databases hold; the wire's are unsigned and reach further."""
-
 
 class Record(msgspec.Struct, frozen=True):
     """A result, and where, when and with which checksum its activation came in."""

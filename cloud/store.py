@@ -26,10 +26,11 @@ from cloud import tables
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
 from cloud.metrics import CpuClock
-from cloud.record import MAX_INTEGER, DeadLetter, Device, Key, Label, Record
+from cloud.record import DeadLetter, Device, Key, Label, Record
 from cloud.sqlite import SqliteResults, make_durable
 from splitward.errors import ConfigError
 from splitward.wire.control import Result, Status
+from splitward.wire.names import MAX_INTEGER
 
 _key = (tables.results.c.device, tables.results.c.boot, tables.results.c.sequence)
 _order = (tables.results.c.stored_at_ns, *_key)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from splitward.errors import MessageError
+from splitward.wire.names import MAX_INTEGER
 
 MAX_BYTES = 64 * 1024
 
 STREAMS = ("attacked", "recovered", "fused")
 """The three streams of the server half, in this order everywhere."""
+
+
+Integer = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 
 
 class Result(msgspec.Struct, frozen=True, tag="result", tag_field="type"):
@@ -21,21 +25,21 @@ class Result(msgspec.Struct, frozen=True, tag="result", tag_field="type"):
     """
 
     boot: str
-    sequence: int
+    sequence: Integer
     model: str
-    class_index: int
+    class_index: Integer
     class_name: str
     scores: tuple[float, ...]
-    streams: dict[str, int]
-    captured_at_ns: int
-    stored_at_ns: int
+    streams: dict[str, Integer]
+    captured_at_ns: Integer
+    stored_at_ns: Integer
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal", tag_field="type"):
     """The cloud will never answer this frame; the device drops it and counts `reason`."""
 
     boot: str
-    sequence: int
+    sequence: Integer
     reason: str
     message: str
 

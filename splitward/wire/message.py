@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitward.errors import MessageError
-from splitward.wire.names import NAME
+from splitward.wire.names import MAX_INTEGER, NAME
 
 MAGIC = b"SWRD"
 VERSION = 1
@@ -108,8 +108,7 @@ def check(activation: Activation) -> None:
         raise MessageError("bad_device", f"device id {activation.device!r} must match {NAME.pattern}.")
     if len(activation.boot) != 16 or len(activation.model) != 16:
         raise MessageError("bad_identifier", "boot id and model id are 16 bytes each.")
-    if not all(0 <= number < 1 << 64 for number in (activation.sequence, activation.captured_at_ns)):
-        raise MessageError("out_of_range", "sequence and capture time are unsigned integers of 64 bits.")
+    _check_numbers(activation.sequence, activation.captured_at_ns)
     _check_quantisation(activation.scale, activation.zero_point)
 
 
@@ -195,6 +194,7 @@ def disassemble(message: bytes, wanted: int, blocks: Blocks | None = None) -> tu
     device = message[names_at + 1 : block_at].decode("ascii", errors="replace")
     if not NAME.fullmatch(device):
         raise MessageError("bad_device", f"device id {device!r} must match {NAME.pattern}.")
+    _check_numbers(sequence, captured_at_ns)
     _check_quantisation(scale, zero_point)
     if codec == CODEC_RAW:
         values: NDArray[np.generic] = np.frombuffer(message, dtype, count, header_bytes).reshape(shape)
@@ -220,6 +220,11 @@ def _check_shape(shape: tuple[int, ...]) -> int:
     if not 1 <= count <= MAX_VALUES:
         raise MessageError("oversize", f"shape {shape} holds {count} values; 1 to {MAX_VALUES} are allowed.")
     return count
+
+
+def _check_numbers(*numbers: int) -> None:
+    if not all(0 <= number <= MAX_INTEGER for number in numbers):
+        raise MessageError("out_of_range", f"sequence and capture time are 0 to {MAX_INTEGER}.")
 
 
 def _check_quantisation(scale: float, zero_point: int) -> None:

@@ -33,7 +33,7 @@ GOLDEN = {
     "activation-float32": Activation(
         device="D" * 63 + "_",
         boot=BOOT[::-1],
-        sequence=2**64 - 1,
+        sequence=2**63 - 1,
         captured_at_ns=0,
         model=BOOT,
         values=np.array([[[[1.5]], [[-0.0]]]], np.float32),
@@ -42,7 +42,7 @@ GOLDEN = {
 INT8, FLOAT32 = (encode(activation) for activation in GOLDEN.values())
 REASONS = {
     "truncated", "bad_magic", "bad_crc", "bad_version", "bad_code", "bad_dtype", "bad_shape", "bad_header",
-    "bad_length", "oversize", "bad_device", "bad_quantisation", "not_finite",
+    "bad_length", "oversize", "bad_device", "out_of_range", "bad_quantisation", "not_finite",
 }  # fmt: skip
 MAX_FLOAT32 = math.ldexp(2 - 2.0**-23, 127)
 
@@ -114,8 +114,8 @@ def activations(draw: st.DrawFn) -> Activation:
     return Activation(
         device=draw(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")),
         boot=draw(st.binary(min_size=16, max_size=16)),
-        sequence=draw(st.integers(0, 2**64 - 1)),
-        captured_at_ns=draw(st.integers(0, 2**64 - 1)),
+        sequence=draw(st.integers(0, 2**63 - 1)),
+        captured_at_ns=draw(st.integers(0, 2**63 - 1)),
         model=draw(st.binary(min_size=16, max_size=16)),
         values=draw(st.sampled_from([values, values.T, values[::-1]])),
         scale=draw(st.floats(2.0**-149, MAX_FLOAT32, width=32)),
@@ -234,6 +234,8 @@ def test_a_huge_declared_shape_allocates_nothing(shape: tuple[int, ...]) -> None
         ("bad_device", patched(INT8, (82, b"/"))),
         ("bad_device", patched(INT8, (82, b"\xe9"))),
         ("bad_device", patched(INT8, (84, b"\n"))),
+        ("out_of_range", patched(INT8, (35, b"\x80"))),
+        ("out_of_range", patched(INT8, (43, b"\x80"))),
         ("bad_quantisation", patched(INT8, (60, struct.pack("<f", 0.0)))),
         ("bad_quantisation", patched(INT8, (60, struct.pack("<f", -1.0)))),
         ("bad_quantisation", patched(INT8, (60, struct.pack("<f", math.nan)))),
@@ -265,7 +267,7 @@ def test_every_rule_has_its_reason(reason: str, message: bytes) -> None:
         ("bad_identifier", {"boot": BOOT[1:]}),
         ("bad_identifier", {"model": BOOT + b"\0"}),
         ("out_of_range", {"sequence": -1}),
-        ("out_of_range", {"captured_at_ns": 2**64}),
+        ("out_of_range", {"captured_at_ns": 2**63}),
         ("bad_quantisation", {"scale": 1e40}),
         ("bad_quantisation", {"scale": 1e-50}),
         ("bad_quantisation", {"scale": math.nan}),

@@ -70,7 +70,7 @@ def messages(draw: st.DrawFn) -> TrainingMessage:
     return TrainingMessage(
         device=draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)),
         training=draw(st.binary(min_size=16, max_size=16)),
-        sequence=draw(st.integers(0, 2**64 - 1)),
+        sequence=draw(st.integers(0, 2**63 - 1)),
         plan=draw(st.binary(min_size=16, max_size=16)),
         phase=draw(st.sampled_from(list(Phase))),
         values=values,
