@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Literal
 
 Order = Literal["oldest", "newest"]
-Find = Callable[[int, int, Order], int | None]
-"""Row that exists in [low, high): the first (`oldest`) or the last (`newest`), or None."""
+Find = Callable[[int, int], int | None]
+"""Row that exists in [low, high): the first or the last, by the order; or None."""
 
 
 class Backlog:
@@ -42,7 +42,7 @@ class Backlog:
         while self._intervals:
             at = 0 if self._order == "oldest" else -1
             low, high = self._intervals[at]
-            row = self._find(low, high, self._order)
+            row = self._find(low, high)
             if row is None:
                 del self._intervals[at]
                 continue

@@ -18,12 +18,13 @@ import os
 import sqlite3
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from edge.backlog import Backlog, Order
+from edge.backlog import Backlog
 from edge.config import SpoolConfig
 from edge.errors import DiskFull, SpoolError
 from edge.salvage import Salvage, salvage
@@ -67,9 +68,8 @@ _OUT_OF_SPACE = ("disk is full", "disk i/o error", "unable to open database file
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One spooled frame; `row` is its place in the queue, 0 until it has one.
+class Entry(NamedTuple):
+    """One spooled frame, as the table has it; `row` is its place in the queue, 0 until it has one.
 
     `captured_tick_ns` is the moment of capture on the monotonic clock, `spooled_ns` that of spooling on the
     spool's own clock, which runs while an agent does.
@@ -83,7 +83,10 @@ class Entry:
     captured_tick_ns: int
     priority: int
     spooled_ns: int
-    message: bytes = field(repr=False)
+    message: bytes
+
+    def __repr__(self) -> str:
+        return f"Entry({self.row}, {self.boot.hex()}, {self.sequence}, {len(self.message)} bytes)"
 
 
 class Spool:
@@ -194,10 +197,7 @@ class Spool:
             self.remember(digest)
         self._last_row += 1  # ours, as SQLite gives a removed row's number again
         row = self._last_row
-        self._staged[row] = Entry(
-            *(row, entry.boot, entry.sequence, entry.name, entry.captured_at_ns, entry.captured_tick_ns),
-            *(entry.priority, self.now_ns(), entry.message),
-        )
+        self._staged[row] = entry._replace(row=row, spooled_ns=self.now_ns())
         self._staged_rows[entry.boot, entry.sequence] = row
         if self._config.mode == "memory":
             self._backlog(entry.priority).add(row, row + 1)
@@ -279,16 +279,7 @@ class Spool:
 
     def _write(self) -> None:
         run = self._database
-        run.executemany(
-            _INSERT,
-            (
-                (
-                    *(one.row, one.boot, one.sequence, one.name, one.captured_at_ns, one.captured_tick_ns),
-                    *(one.priority, one.spooled_ns, one.message),
-                )
-                for one in self._staged.values()
-            ),
-        )
+        run.executemany(_INSERT, self._staged.values())
         run.executemany("DELETE FROM frame WHERE id = ?", ((row,) for row in self._removed))
         run.executemany("INSERT INTO captured (digest) VALUES (?)", ((digest,) for digest in self._digests))
         if self._counts_changed:
@@ -321,29 +312,21 @@ class Spool:
 
     def _backlog(self, priority: int) -> Backlog:
         if priority not in self._backlogs:
-
-            def find(low: int, high: int, order: Order, priority: int = priority) -> int | None:
-                return self._find(priority, low, high, order)
-
-            self._backlogs[priority] = Backlog(self._config.order, find)
+            self._backlogs[priority] = Backlog(self._config.order, partial(self._find, priority))
         return self._backlogs[priority]
 
-    def _find(self, priority: int, low: int, high: int, order: Order) -> int | None:
-        rows = self._rows_within(priority, low, high, order)
-        return next(rows, None)
-
-    def _rows_within(self, priority: int, low: int, high: int, order: Order) -> Iterator[int]:
+    def _find(self, priority: int, low: int, high: int) -> int | None:
+        newest = self._config.order == "newest"
         staged = [row for row, one in self._staged.items() if low <= row < high and one.priority == priority]
-        if order == "newest":
-            yield from reversed(staged)  # every staged row is above every stored one
-        direction = "DESC" if order == "newest" else "ASC"
+        if newest and staged:  # every staged row is above every stored one
+            return staged[-1]
+        direction = "DESC" if newest else "ASC"
         stored = self._database.execute(
             f"SELECT id FROM frame WHERE priority = ? AND id >= ? AND id < ? ORDER BY id {direction}",  # noqa: S608  # constants
             (priority, low, high),
         )
-        yield from (row for (row,) in stored if row not in self._removed)
-        if order == "oldest":
-            yield from staged
+        row = next((row for (row,) in stored if row not in self._removed), None)
+        return staged[0] if row is None and staged else row
 
     def _open(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let others read it
