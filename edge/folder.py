@@ -59,7 +59,11 @@ class FolderSource:
                 if look not in seen:
                     seen.add(look)
                     yield from self._read(look.path, look.modified_ns)
-            if not self.capture.config.watch or self.capture.stop.wait(pause_s):
+            if not self.capture.config.watch:
+                return
+            self.capture.give_back()  # while nothing comes here, other sources may use the room
+            self.capture.stop.wait(pause_s)
+            if not self.capture.admit():
                 return
 
     def _files(self, young: set[_Look]) -> tuple[list[_Look], set[_Look]]:

@@ -154,6 +154,7 @@ class Releaser:
     def _give_back(self) -> None:
         with self._progress:
             self._admitted -= 1
+            self._progress.notify_all()
 
     def _lose(self, reason: str, digest: int | None) -> None:
         self._pipe.send(Lost(reason, digest, self._own.opening))

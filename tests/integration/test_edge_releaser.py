@@ -22,7 +22,7 @@ from edge.errors import BackendError, CaptureError, ReleaserError
 from edge.supervisor import launch
 from firmware_sim.broker import Broker
 from firmware_sim.processes import children_of
-from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers, start_process
+from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers, running, start_process
 
 
 def hanging_client() -> bytes:
@@ -192,6 +192,19 @@ def test_several_sources_share_one_agent(tmp_path: Path, mosquitto: Broker, tiny
     twice = msgspec.structs.replace(config, sources=(*more, more[0]))
     with pytest.raises(CaptureError, match="'ward'"):
         run_agent(twice)
+
+
+def test_a_source_that_has_nothing_does_not_keep_the_room_for_one_frame(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
+) -> None:
+    images, empty = tmp_path / "images", tmp_path / "empty"
+    write_images(images, 5, white=-1)
+    empty.mkdir()
+    idle = CaptureConfig(kind="folder", path=str(empty), watch=True, max_unanswered=1)
+    busy = CaptureConfig(name="ward", kind="folder", path=str(images), max_unanswered=1)
+    config = configure(tmp_path, mosquitto, tiny_bundle, 1)
+    with cloud_at(mosquitto) as cloud, running(msgspec.structs.replace(config, capture=idle, sources=(busy,))):
+        cloud.wait(lambda: len(cloud.answers) == 5)
 
 
 def test_the_agent_loads_no_camera_library_and_no_numpy_beside_the_spool(
