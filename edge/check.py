@@ -22,6 +22,7 @@ from edge.models import ModelStore
 from edge.probe import probe
 from edge.secret import load_secret
 from splitward.errors import SplitwardError
+from splitward.wire.bundle import read_trusted_key
 
 State = Literal["ok", "warn", "fail"]
 BUILT = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
@@ -50,6 +51,7 @@ def check_device(config: EdgeConfig, quick: bool = False) -> list[Finding]:
         _disk,
         _state,
         _bundle,
+        _orders,
         _certificate,
         *([] if quick else [_sources, _broker]),
     ]
@@ -150,6 +152,13 @@ def _bundle(config: EdgeConfig) -> Iterator[Finding]:
             "ok",
             f"{report.model}: {report.runtime}, golden input agrees, {report.runtime_us_p50:.0f} us",
         )
+
+
+def _orders(config: EdgeConfig) -> Iterator[Finding]:
+    key = config.device.order_key
+    if key is not None:
+        read_trusted_key(Path(key))
+    yield Finding("orders", "ok", "none are followed" if key is None else f"those that {key} has signed")
 
 
 def _certificate(config: EdgeConfig) -> Iterator[Finding]:

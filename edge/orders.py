@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from edge.config import EdgeConfig
 from splitward.disk import write_whole
-from splitward.errors import MessageError
+from splitward.errors import ConfigError, MessageError
 from splitward.wire.control import Outcome
 from splitward.wire.orders import Announcement, Command, Order, decode_order
 
@@ -80,6 +80,9 @@ class OrderBook:
 
             key = read_trusted_key(Path(device.order_key))
             order = decode_order(payload, key, site=device.site, device=device.id)
+        except ConfigError as error:  # frames are of use without orders, so the agent goes on
+            self._refuse("bad_order_key", f"device.order_key: {error}")
+            return None
         except MessageError as error:
             self._refuse(error.reason, str(error))
             return None

@@ -65,6 +65,24 @@ def test_an_outcome_is_told_until_the_broker_has_it(tmp_path: Path) -> None:
     assert [one.state for one in third.told] == ["done"], "and its outcome is told again"
 
 
+def test_without_its_key_an_order_is_refused_and_the_agent_goes_on(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    key = tmp_path / "order.pub"
+    data = key.read_bytes()
+    book = Book(config)
+    book.book.connect(resumed=True)
+    for damaged in (b"no key", None):
+        if damaged is None:
+            key.unlink()
+        else:
+            key.write_bytes(damaged)
+        assert book.book.take(encode_order(order(1), KEY)) is None
+    assert book.book.refused == {"bad_order_key": 2}
+    assert book.told == [], "nobody knows whose order it was"
+    key.write_bytes(data)
+    assert book.book.take(encode_order(order(1), KEY)) == order(1)
+
+
 def test_an_order_that_cannot_be_noted_is_not_carried_out(tmp_path: Path, monkeypatch: Any) -> None:
     book = Book(settings(tmp_path))
     book.book.connect(resumed=True)
