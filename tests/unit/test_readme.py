@@ -15,6 +15,7 @@ from edge.config import EdgeConfig
 from splitward.cli import build_parser
 from splitward.config import build_config
 from splitward.demo.report import format_summary
+from splitward.reproduce.privacy_page import readme_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,11 @@ def blocks(language: str) -> list[str]:
 def test_its_table_is_the_demos_own():
     summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
     assert format_summary(summary) in README
+
+
+def test_its_privacy_table_is_that_of_the_results():
+    results = json.loads((ROOT / "docs/results/privacy.json").read_text(encoding="utf-8"))
+    assert readme_table(results).strip() in README
 
 
 @pytest.mark.parametrize(
