@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from splitward.audit.attacks import QUICK
+from splitward.audit.suite import NEEDS_RUN
 from splitward.reproduce.paper_page import table
-from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attacker_seeds
+from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attack_names, attacker_seeds
 
 UNEVEN = 0.05
 """Deviation of a defence's accuracies over which the page tells each of them."""
@@ -46,7 +49,16 @@ CONTRASTED = {"none": "none", "sealed": "**sealed**", "label": "the device sends
 
 def readme_table(results: dict[str, Any]) -> str:
     """The table of the README: *sealed* between what it protects from and what a label alone would do."""
-    header = ("data", "defence", "accuracy %", "AUC", "worst SSIM (label)", "least MSE (label)", "bytes", "networks")
+    header = (
+        "data",
+        "defence",
+        "accuracy %",
+        "AUC",
+        "worst SSIM (label)",
+        "least MSE (label)",
+        "bytes",
+        "networks",
+    )
     cells = [
         (
             shown if defence == "none" else "",
@@ -95,12 +107,7 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
         "bytes",
         "targets x attackers",
     )
-    wanted = {defence: len(attacker_seeds(defence, 0)) for defence in rows}
-    missing = [
-        defence
-        for defence, row in rows.items()
-        if row["target_seeds"] < len(TARGET_SEEDS) or row["attackers"] < wanted[defence]
-    ]
+    missing = [defence for defence, row in rows.items() if not _is_whole(defence, row["attacks"])]
     lines = [
         f"## {name}\n",
         f"![Accuracy against leakage](privacy-{name}.png)\n",
@@ -112,8 +119,8 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
     ]  # fmt: skip
     if missing:
         lines.append(
-            f"Not complete: {', '.join(missing)} with fewer than {len(TARGET_SEEDS)} targets or fewer attackers "
-            "than planned. The same command goes on.\n"
+            f"Not complete: {', '.join(missing)} with fewer than {len(TARGET_SEEDS)} targets, or fewer attacks or "
+            "attackers than planned. The same command goes on.\n"
         )
     if uneven := [f"{name}: {_each(row)}" for name, row in rows.items() if row["accuracy_std"] > UNEVEN]:
         lines.append(f"Networks that learned unlike (accuracy of each): {'; '.join(uneven)}.\n")
@@ -125,6 +132,20 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
     if sealed := rows.get("sealed"):
         lines.append(_sealed(sealed, found["certificate"]))
     return "\n".join(lines)
+
+
+def _is_whole(defence: str, attacks: dict[str, Any]) -> bool:
+    """Whether every attack was made on every target network by as many attackers as planned."""
+    planned = Counter(
+        name
+        for index, _ in enumerate(attacker_seeds(defence, 0))
+        for name in attack_names(defence, index)
+        if defence != "label" or not NEEDS_RUN & set(QUICK[name].card.knows)
+    )
+    return all(
+        name in attacks and attacks[name]["cells"] >= times * len(TARGET_SEEDS)
+        for name, times in planned.items()
+    )
 
 
 def _counts(rows: dict[str, Any]) -> str:
