@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 PERIOD_S = 1.0
 HEAD_BYTES = 256
 MAX_TOPIC = 256
+MAX_QUEUED = 1_000_000
+"""The most that one device's word adds to the frames that wait, by which workers are added."""
 
 
 class Ledger:
@@ -43,7 +45,7 @@ class Ledger:
         """The device sent a status."""
         self._seen[site, device] = at_ns
         self._statuses[site, device] = status
-        self._queued[site, device] = status.queued
+        self._queued[site, device] = min(status.queued, MAX_QUEUED)
 
     def note_refusal(self, at_ns: int, topic: str, reason: str, payload: bytes) -> None:
         """A message was refused for `reason`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -55,17 +56,17 @@ class Status(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
     model: str = ""
     model_name: str = ""
     runtime: str = ""
-    at_ns: int = 0
-    queued: int = 0
-    captured: int = 0
-    sent: int = 0
-    results: int = 0
-    dropped: dict[str, int] = {}
-    spooled_bytes: int = 0
-    disk_free_bytes: int | None = None
+    at_ns: Integer = 0
+    queued: Integer = 0
+    captured: Integer = 0
+    sent: Integer = 0
+    results: Integer = 0
+    dropped: dict[str, Integer] = {}
+    spooled_bytes: Integer = 0
+    disk_free_bytes: Integer | None = None
     temperature_c: float | None = None
     clock_skew_ms: float | None = None
-    certificate_expires_at_ns: int | None = None
+    certificate_expires_at_ns: Integer | None = None
     health: dict[str, float] = {}
 
 
@@ -81,10 +82,12 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", tag_field="type"):
     reason: str = ""
     message: str = ""
     model: str = ""
-    at_ns: int = 0
+    at_ns: Integer = 0
 
 
 _T = TypeVar("_T")
+_ZERO = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+"""The character 0 within JSON, which has no other form there: its escape, behind an even number of backslashes."""
 _encoder = msgspec.json.Encoder()
 _reply: msgspec.json.Decoder[Result | Refusal] = msgspec.json.Decoder(Result | Refusal)
 _status = msgspec.json.Decoder(Status)
@@ -114,6 +117,8 @@ def decode_outcome(payload: bytes) -> Outcome:
 def _decode(payload: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     if len(payload) > MAX_BYTES:
         raise MessageError("oversize", f"control message of {len(payload)} bytes; {MAX_BYTES} are allowed.")
+    if b"\\u0000" in payload and _ZERO.search(payload):
+        raise MessageError("bad_json", "control message refused: it holds the character 0.")
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the last two out

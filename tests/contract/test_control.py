@@ -99,7 +99,7 @@ GOLDEN = [
     ),
 ]
 INTEGERS = st.integers(0, 2**63 - 1)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 HEXES = st.binary(min_size=16, max_size=16).map(bytes.hex)
 
 Control = Result | Refusal | Status | Outcome
@@ -217,10 +217,26 @@ def test_what_is_no_reply_is_refused(payload: bytes) -> None:
         b'{"type":"status","state":"online","dropped":{"a":"b"}}',
         b'{"type":"status","state":"online","version":"\xff"}',
         b'{"type":"status","state":"online","later":' + b"[" * 60_000,
+        b'{"type":"status","state":"online","queued":-1}',
+        b'{"type":"status","state":"online","queued":9223372036854775808}',
+        b'{"type":"status","state":"online","sent":1' + b"0" * 400 + b"}",
+        b'{"type":"status","state":"online","dropped":{"a":1' + b"0" * 400 + b"}}",
+        b'{"type":"status","state":"online","at_ns":1' + b"0" * 400 + b"}",
     ],
 )
 def test_what_is_no_status_is_refused(payload: bytes) -> None:
     assert verdict(payload, Status) == "bad_json"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\\\0", '"\0'])
+def test_the_character_0_is_refused(text: str) -> None:
+    assert verdict(encode_control(Outcome("1", "bundle", "failed", text)), Outcome) == "bad_json"
+    assert verdict(encode_control(Status("online", health={text: 1.0})), Status) == "bad_json"
+
+
+def test_what_looks_like_the_character_0_is_not_refused() -> None:
+    for text in (r"\u0000", r"C:\u0000", "\\" * 4 + "u0000"):
+        assert verdict(encode_control(Outcome("1", "bundle", "failed", text)), Outcome) == "ok"
 
 
 def test_a_reply_is_no_status_and_a_status_no_reply() -> None:
