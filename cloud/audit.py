@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 import msgspec
-from sqlalchemy import select, text
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import tables
-from cloud.store import Store
+from cloud.store import Store, lock_table
 
 START = "0" * 64
 PAGE = 1000
@@ -44,8 +44,7 @@ def digest_entry(
 
 async def record(connection: AsyncConnection, actor: str, action: str, target: str, **detail: Any) -> None:
     """Add an entry within the caller's transaction: what it tells of and the entry are kept, or neither."""
-    if connection.dialect.name == "postgresql":  # SQLite's transactions that write take turns anyway
-        await connection.execute(text("LOCK TABLE audit IN EXCLUSIVE MODE"))
+    await lock_table(connection, tables.audit)
     last = (
         await connection.execute(
             select(tables.audit.c.number, tables.audit.c.digest).order_by(tables.audit.c.number.desc()).limit(1)

@@ -77,9 +77,8 @@ class Enrolment:
                 self._store.insert(tables.enrolled).on_conflict_do_nothing().returning(tables.enrolled.c.device)
             )
             row = {"device": device, "site": site, "at_ns": now_ns}
-            if (
-                await connection.execute(enrolled, row)
-            ).first() is None:  # PostgreSQL counts no rows of an insert
+            # PostgreSQL counts no rows of an insert.
+            if (await connection.execute(enrolled, row)).first() is None:
                 raise Problem(409, "taken", f"a device is called {device} already: ids are unique in a fleet.")
             certificate = self._authority.issue(request, device, self._days)
             await connection.execute(tables.certificates.insert(), _row(certificate, site, device))
@@ -137,7 +136,8 @@ class Enrolment:
             count = (await connection.execute(change)).rowcount
             if not count:
                 raise Problem(404, "unknown", f"{device} has no valid certificate.")
-            await connection.execute(tables.enrolled.delete().where(tables.enrolled.c.device == device))
+            for table in (tables.enrolled, tables.devices):
+                await connection.execute(table.delete().where(table.c.device == device))
             await audit.record(connection, actor, "device.revoke", device, reason=reason)
         self._revoked_s = time.monotonic()
         return count

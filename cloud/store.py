@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import sqlite3
 import time
@@ -16,7 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Select, Table, and_, case, delete, event, func, select, tuple_
+from sqlalchemy import Select, Table, and_, case, delete, event, func, select, text, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -44,7 +45,8 @@ class Store:
         self._engine = _make_engine(config.url)
         self._writer = self._engine.execution_options(writes=True)
         self._max_dead_letters = config.max_dead_letters
-        self._holder = f"{socket.gethostname()}.{os.getpid()}"
+        # Containers on one host's network may have its name and one number each.
+        self._holder = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
         self.insert: Callable[[Table], sqlite.Insert | postgresql.Insert]
         self._direct: SqliteResults | None = None
         if self._engine.dialect.name == "postgresql":
@@ -180,9 +182,7 @@ class Store:
         if site is not None:
             query = query.where(tables.devices.c.site == site)
         rows = await self.read(query)
-        return [
-            Device(**row | {"status": msgspec.convert(row["status"], Status | None)}) for row in map(dict, rows)
-        ]
+        return [Device(**row | {"status": _status(row["status"])}) for row in map(dict, rows)]
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """The last refused messages, newest first."""
@@ -255,6 +255,12 @@ class Store:
         return StoreError(f"store {url}: {error}. Check that it is there, writable, and not full.")
 
 
+async def lock_table(connection: AsyncConnection, table: Table) -> None:
+    """Nobody else writes to `table` until the transaction of `connection` ends."""
+    if connection.dialect.name == "postgresql":  # SQLite's transactions that write take turns anyway
+        await connection.execute(text(f"LOCK TABLE {table.name} IN EXCLUSIVE MODE"))
+
+
 def _make_engine(url: str) -> AsyncEngine:
     try:
         parsed = make_url(url)
@@ -294,6 +300,14 @@ def _row(record: Record) -> dict[str, Any]:
 def _record(row: RowMapping) -> Record:
     values = {name: row[name] for name in Result.__struct_fields__} | {"scores": tuple(row["scores"])}
     return Record(row["site"], row["device"], row["received_at_ns"], Result(**values), row["checksum"])
+
+
+def _status(stored: Any) -> Status | None:
+    """The status that was kept; None of one that an earlier release took and this one would refuse."""
+    try:
+        return msgspec.convert(stored, Status | None)
+    except msgspec.ValidationError:
+        return None
 
 
 def _cursor(text: str) -> tuple[int, str, str, int]:

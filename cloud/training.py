@@ -27,7 +27,7 @@ from cloud.config import BrokerConfig
 from cloud.errors import CloudError
 from cloud.metrics import RECENT_NS, Metrics
 from cloud.problem import Problem
-from cloud.store import Store
+from cloud.store import Store, lock_table
 from splitward.disk import write_whole
 
 log = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ class Trainings:
             self._metrics.trainings.labels(name).set(counts.get(name, 0))
 
     async def _refuse_too_many(self, connection: AsyncConnection) -> None:
+        await lock_table(connection, tables.trainings)  # until this one is counted, too
         running = select(func.count()).where(tables.trainings.c.state == "running")
         if ((await connection.execute(running)).scalar() or 0) >= MAX_RUNNING:
             raise Problem(409, "too_many", f"{MAX_RUNNING} trainings run: stop one, or wait for its end.")

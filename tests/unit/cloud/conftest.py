@@ -175,7 +175,9 @@ def run_cloud(tmp_path: Path) -> Callable:
     async def run(**changes) -> AsyncIterator[Cloud]:
         config = CloudConfig(
             models=(),
-            store=StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db", max_dead_letters=5),
+            store=StoreConfig(
+                changes.get("url", f"sqlite+aiosqlite:///{tmp_path}/cloud.db"), max_dead_letters=5
+            ),
             fleet=FleetConfig(state_dir=str(tmp_path / "fleet"), **changes.get("fleet", {})),
             api=changes.get("api", ApiConfig()),
             limits=changes.get("limits", LimitsConfig()),

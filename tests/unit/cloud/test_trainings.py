@@ -65,6 +65,14 @@ async def test_a_training_is_made_stopped_and_gone_on_with(cloud):
     assert listed["id"] == name
 
 
+async def test_trainings_begun_at_once_are_no_more_than_may_run(run_cloud, postgres_url, monkeypatch):
+    monkeypatch.setattr(training, "PERIOD_S", 3600.0)
+    monkeypatch.setattr(training, "MAX_RUNNING", 2)
+    async with run_cloud(url=postgres_url) as cloud:
+        answers = await asyncio.gather(*(cloud.http.post("/v1/trainings", json=ASKED) for _ in range(5)))
+    assert sorted(one.status_code for one in answers) == [201, 201, 409, 409, 409]
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
