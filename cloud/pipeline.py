@@ -26,6 +26,7 @@ from cloud.feed import Feed
 from cloud.ledger import Ledger
 from cloud.metrics import Metrics
 from cloud.record import Key, Record
+from cloud.roster import Roster
 from cloud.store import Store
 from cloud.tracing import Tracing
 from cloud.transport import Delivery, Transport
@@ -80,18 +81,21 @@ class Pipeline:
         self._batches_at_once = config.engine.batches_at_once
         self._on_outcome = on_outcome
         self._ledger = Ledger(store, metrics, config.store.max_dead_letters)
+        self._roster = Roster(store, metrics)
         self._batcher: Batcher[Arrival] = Batcher(config.batch.max_size, config.batch.max_wait_ms / 1000)
         self._draining = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._workers: list[asyncio.Task[None]] = []
+        self._keepers: list[asyncio.Task[None]] = []
         self.failing: str | None = None
         """Why the batch in hand cannot be answered now; None while all is well."""
         metrics.held.set_function(lambda: self._batcher.held)
         metrics.connected.set_function(lambda: self._transport.connected)
 
     async def start(self) -> None:
-        """Begin to consume."""
-        workers = [asyncio.create_task(self._work()) for _ in range(self._batches_at_once)]
-        self._tasks = [asyncio.create_task(self._ledger.keep()), *workers]
+        """Begin to consume; `StoreError`."""
+        await self._roster.refresh()
+        self._workers = [asyncio.create_task(self._work()) for _ in range(self._batches_at_once)]
+        self._keepers = [asyncio.create_task(one.keep()) for one in (self._ledger, self._roster)]
         await self._transport.start(self.take)
 
     async def drain(self) -> None:
@@ -99,11 +103,11 @@ class Pipeline:
         await self._transport.unsubscribe()
         self._draining.set()
         self._batcher.close()
-        keeper, *workers = self._tasks
-        await asyncio.gather(*workers)
-        keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await keeper
+        await asyncio.gather(*self._workers)
+        for keeper in self._keepers:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
         await self._ledger.write()
         await self._transport.stop()
 
@@ -126,6 +130,8 @@ class Pipeline:
             site, device, kind = _parse(delivery.topic)
             if kind == "activation":
                 activation = decode(delivery.payload)
+            self._roster.check(site, device)
+            if activation is not None:
                 check(activation, device, self._engine.cards, received_at_ns, self._limits)
                 self._ledger.note_seen(site, device, received_at_ns)
                 key = (device, activation.boot.hex(), activation.sequence)
