@@ -25,7 +25,7 @@ from cloud.access import Operator, Reader, count_stranger
 from cloud.export import csv_of_results, parquet_of_results
 from cloud.fhir import MEDIA_TYPE, diagnostic_report
 from cloud.problem import Problem
-from cloud.record import Label
+from cloud.record import HEX, NAME, Label
 from cloud.rollout import Plan
 from cloud.routes import Parts, as_json
 from splitward.wire.control import MAX_BYTES
@@ -33,8 +33,6 @@ from splitward.wire.names import MAX_INTEGER
 from splitward.wire.orders import Command, encode_order
 
 MAX_LIMIT = 1000
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
-HEX = r"^[0-9a-f]{32}$"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/problem+json": {}}}
     for status, text in {
@@ -96,7 +94,7 @@ class Renew(_Body):
 class Why(_Body):
     """Why something is ended."""
 
-    reason: str = Field(default="", max_length=200)
+    reason: str = Field(default="", max_length=200, pattern=r"^[^\x00]*$")  # PostgreSQL's texts hold no 0
 
 
 class NewLabel(_Body):
@@ -113,19 +111,6 @@ class NewCommand(_Body):
 
     name: Literal["configure", "rollback", "diagnostics", "restart"]
     arguments: dict[str, Any] = Field(default_factory=dict, max_length=64)
-
-
-class NewRollout(_Body):
-    """A staged roll-out; `cloud.rollout.Plan` says what each value means."""
-
-    model: str = Field(pattern=HEX)
-    site: str | None = Field(default=None, pattern=NAME)
-    canary_share: float = Field(default=0.1, gt=0, le=1)
-    max_failure_rate: float = Field(default=0.1, ge=0, lt=1)
-    min_outcomes: int = Field(default=1, ge=1, le=1_000_000)
-    patience_s: float = Field(default=3600.0, gt=0, le=30 * 86_400)
-    allow_older: bool = False
-    roll_back: bool = True
 
 
 class NewTraining(_Body):
@@ -393,9 +378,9 @@ async def bundle_file(
 
 
 @router.post("/rollouts", status_code=201)
-async def create_rollout(parts: Parts, caller: Operator, body: NewRollout) -> Response:
+async def create_rollout(parts: Parts, caller: Operator, body: Plan) -> Response:
     """Roll a bundle out: to a canary share first, then to the rest."""
-    return as_json(await parts.rollouts.create(Plan(**body.model_dump()), caller.name), 201)
+    return as_json(await parts.rollouts.create(body, caller.name), 201)
 
 
 @router.get("/rollouts")
@@ -406,7 +391,7 @@ async def rollouts(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
 
 @router.post("/rollouts/{rollout}/halt")
 async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why) -> Response:
-    """Stop a roll-out and take it back."""
+    """Stop a roll-out: nothing more is announced, and it is taken back within seconds of a broker being there."""
     await parts.rollouts.halt(rollout, body.reason or "halted by an operator", caller.name)
     return as_json({"halted": rollout})
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from splitward.wire.control import Result, Status
 
 Key = tuple[str, str, int]
 """Device, boot (32 hexadecimal digits) and sequence: names a frame for ever."""
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+"""A site or a device, as the API's description has it."""
+HEX = r"^[0-9a-f]{32}$"
+"""An id."""
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -55,3 +62,42 @@ class Label(msgspec.Struct, frozen=True):
     boot: str
     sequence: int
     class_index: int
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device was told to do, and what became of it.
+
+    Attributes
+    ----------
+    serial : int
+        Given when it is kept.
+    kind : str
+        "bundle" or "command"; `name` says which command.
+    model, previous : str
+        Of a bundle: the one announced, and the one that the device ran before.
+    rollout : str, optional
+        Id of the roll-out that it belongs to; None of an operator's own command.
+    canary : bool
+        Whether it was among the first of its roll-out.
+    sent_at_ns, published_at_ns, withdrawn_at_ns, answered_at_ns : int
+        As the table says.
+    """
+
+    id: str
+    site: str
+    device: str
+    serial: int = 0
+    kind: str
+    name: str
+    model: str = ""
+    previous: str = ""
+    rollout: str | None = None
+    canary: bool = False
+    arguments: dict[str, Any] = {}
+    state: str = "sent"
+    reason: str = ""
+    message: str = ""
+    sent_at_ns: int
+    published_at_ns: int | None = None
+    withdrawn_at_ns: int | None = None
+    answered_at_ns: int | None = None

@@ -1,6 +1,8 @@
 """Orders to devices, and staged roll-outs of a bundle: a canary share first, then the rest, halted when it fails.
 
-One worker at a time drives the roll-outs, by a lease in the store; any worker may note outcomes.
+One worker at a time drives the roll-outs, by a lease in the store; any worker may note outcomes, and halt. What is to
+be said to a device is on its order in the store before it is said, and marked there after: whatever ends a step in its
+midst, the next one says it again, under the same id. A step does a bounded part, within the lease.
 """
 
 from __future__ import annotations
@@ -8,33 +10,58 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import secrets
 import time
 from collections import deque
-from typing import Annotated, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
-from msgspec import Meta
-from sqlalchemy import func, or_, select, update
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    Subquery,
+    and_,
+    case,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.engine import RowMapping
+from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import audit, tables
 from cloud.authority import Authority
 from cloud.config import FleetConfig
-from cloud.errors import CloudError
+from cloud.errors import CloudError, StoreError
 from cloud.metrics import RECENT_NS, Metrics
 from cloud.problem import Problem
+from cloud.record import HEX, NAME, Order
 from cloud.registry import Registry
-from cloud.store import Store
+from cloud.store import Store, lock_table
 from cloud.transport import Transport
 from splitward.wire import topics
 from splitward.wire.control import Outcome
-from splitward.wire.orders import Announcement, Command, Order, encode_order
+from splitward.wire.orders import Announcement, Command, encode_order
 
 log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 LEASE_S = 15.0
+GAP_S = 5.0
+"""A roll-out that nobody drove for longer waited for a broker, or for a worker."""
+BATCH = 100
+"""Orders that one step makes, sends or withdraws, and outcomes in one commit."""
+RESEND_S = 60.0
+"""Pause before an order without an answer is sent again; each is as long as all before together."""
+LINGER_NS = 30 * 86_400 * 10**9
+"""How long a halted roll-out is taken back from devices that answer late."""
 MAX_OUTCOMES = 10_000
 RUNNING = ("canary", "rolling")
 STATES = (*RUNNING, "done", "halted")
@@ -42,11 +69,17 @@ OPEN = ("sent", "accepted")
 BAD = ("refused", "rolled_back", "failed")
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+Row = Mapping[str, Any]
+"""A row of `rollouts`, with its bundle's `sha256` and `size`."""
+
+
+class Plan(BaseModel):
     """How a bundle is rolled out.
 
     Attributes
     ----------
+    model : str
+        Id of the bundle.
     site : str, optional
         Only devices of this site.
     canary_share : float
@@ -56,17 +89,21 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_outcomes : int
         Orders answered before the rate counts.
     patience_s : float
-        An order without an answer for so long counts as failed.
+        An order without an answer for so long counts as failed. Time in which no worker had a broker does not count.
+    allow_older : bool
+        Let devices go back to a bundle that was made before the one that they run.
     roll_back : bool
         Tell the devices that took it to go back, when it halts.
     """
 
-    model: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-    site: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")] | None = None
-    canary_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    max_failure_rate: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    min_outcomes: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
-    patience_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 3600.0
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(pattern=HEX)
+    site: str | None = Field(default=None, pattern=NAME)
+    canary_share: float = Field(default=0.1, gt=0, le=1)
+    max_failure_rate: float = Field(default=0.1, ge=0, lt=1)
+    min_outcomes: int = Field(default=1, ge=1, le=1_000_000)
+    patience_s: float = Field(default=3600.0, gt=0, le=30 * 86_400)
     allow_older: bool = False
     roll_back: bool = True
 
@@ -100,8 +137,7 @@ class Rollouts:
             await asyncio.sleep(PERIOD_S)
             try:
                 await self.write_outcomes()
-                if await self._store.take_lease("rollouts", LEASE_S):
-                    await self.step()
+                await self.step()
                 await self.count()
             except CloudError as error:
                 self._metrics.failures.labels("rollout").inc()
@@ -111,15 +147,17 @@ class Rollouts:
         """Begin a roll-out; `Problem` 404 without the bundle, 409 while one runs at the same site."""
         await self._registry.find(plan.model)
         rollouts, now_ns = tables.rollouts, time.time_ns()
-        row = msgspec.structs.asdict(plan) | {
+        row = plan.model_dump() | {
             "id": secrets.token_hex(16),
             "state": "canary",
             "reason": "",
             "created_at_ns": now_ns,
             "changed_at_ns": now_ns,
+            "driven_at_ns": now_ns,
             "actor": actor,
         }
         async with self._store.write() as connection:
+            await lock_table(connection, rollouts)  # until this one is seen, too
             running = select(rollouts.c.id).where(rollouts.c.state.in_(RUNNING))
             if plan.site is not None:
                 running = running.where((rollouts.c.site == plan.site) | rollouts.c.site.is_(None))
@@ -130,12 +168,12 @@ class Rollouts:
         return row
 
     async def latest(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The last roll-outs, each with its orders counted by state."""
+        """The last roll-outs, each with its announcements counted by state."""
         rollouts, orders = tables.rollouts, tables.orders.c
         rows = await self._store.read(select(rollouts).order_by(rollouts.c.created_at_ns.desc()).limit(limit))
         counted = await self._store.read(
             select(orders.rollout, orders.state, func.count().label("count"))
-            .where(orders.rollout.in_([row["id"] for row in rows]))
+            .where(orders.rollout.in_([row["id"] for row in rows]), orders.kind == "bundle")
             .group_by(orders.rollout, orders.state)
         )
         counts: dict[str, dict[str, int]] = {}
@@ -144,24 +182,36 @@ class Rollouts:
         return [dict(row) | {"orders": counts.get(row["id"], {})} for row in rows]
 
     async def halt(self, rollout: str, reason: str, actor: str) -> None:
-        """Stop a roll-out and, if its plan says so, take it back; `Problem` 404 when it does not run."""
-        rows = await self._store.read(
-            select(tables.rollouts).where(tables.rollouts.c.id == rollout, tables.rollouts.c.state.in_(RUNNING))
-        )
-        if not rows:
+        """Stop a roll-out; `Problem` 404 when it does not run.
+
+        Nothing more is announced from here on. What was is withdrawn, and taken back if the plan says so, step by
+        step by the worker that drives roll-outs.
+        """
+        if not await self._change(rollout, RUNNING, "halted", reason, actor):
             raise Problem(404, "not_running", f"no roll-out {rollout} runs.")
-        await self._halt(dict(rows[0]), reason, actor)
 
     async def command(self, site: str, device: str, name: str, arguments: dict[str, Any], actor: str) -> str:
-        """Send a command; its order's id."""
-        order = {"kind": "command", "name": name, "arguments": arguments, "model": "", "canary": False}
-        return await self._order(site, device, order, actor)
+        """Send a command; its order's id. `TransportError` without a broker: it is not sent later."""
+        order = _make_order(site, device, "command", name, arguments=arguments, published_at_ns=time.time_ns())
+        async with self._store.write() as connection:
+            (order,) = await _insert(connection, [order])
+            await audit.record(connection, actor, f"order.{name}", f"{site}/{device}", id=order.id)
+        self._publish(order)
+        return order.id
 
     async def step(self) -> None:
-        """Look at every running roll-out once."""
-        rows = await self._store.read(select(tables.rollouts).where(tables.rollouts.c.state.in_(RUNNING)))
-        for row in rows:
-            await self._advance(dict(row))
+        """Do the next part of every roll-out, if this worker has a broker and no other one does it."""
+        if not (self._transport.connected and await self._store.take_lease("rollouts", LEASE_S)):
+            return
+        await self._wind_down()
+        rollouts, bundles = tables.rollouts, tables.bundles.c
+        running = (
+            select(rollouts, bundles.sha256, bundles.size)
+            .join_from(rollouts, tables.bundles, bundles.model == rollouts.c.model)
+            .where(rollouts.c.state.in_(RUNNING))
+        )
+        for rollout in await self._store.read(running):
+            await self._advance(dict(rollout))
 
     async def count(self) -> None:
         """Tell the metrics how many roll-outs run, and how many ended within the last hour."""
@@ -175,143 +225,298 @@ class Rollouts:
         for name in STATES:
             self._metrics.rollouts.labels(name).set(counts.get(name, 0))
 
+    # --- what devices say ------------------------------------------------------------------------------------
+
     async def write_outcomes(self) -> None:
         """Write what devices said; a later state of an order never gives way to `accepted`."""
         while self._outcomes:
-            site, device, outcome = self._outcomes[0]
-            orders = tables.orders
-            change = (
-                update(orders)
-                .where(
-                    orders.c.id == outcome.of,
-                    orders.c.site == site,
-                    orders.c.device == device,
-                    orders.c.state.in_(OPEN),
-                )
-                .values(
-                    state=outcome.state,
-                    reason=outcome.reason[:64],
-                    message=outcome.message[:1000],
-                    answered_at_ns=time.time_ns(),
-                )
-            )
+            some = [self._outcomes.popleft() for _ in range(min(BATCH, len(self._outcomes)))]
+            try:
+                await self._write(some)
+            except StoreError:
+                self._outcomes.extendleft(reversed(some))
+                raise
+
+    async def _write(self, outcomes: Sequence[tuple[str, str, Outcome]]) -> None:
+        """Write them in one commit; what the store can never hold is dropped, and holds up nothing else."""
+        # In one order: two workers that heard the same would lock each other out.
+        ordered = sorted(outcomes, key=lambda one: one[2].of)
+        try:
             async with self._store.write() as connection:
-                await connection.execute(change)
-            self._outcomes.popleft()
+                for one in ordered:
+                    await connection.execute(_note(*one))
+        except StoreError as error:
+            if not isinstance(error.__cause__, DataError):
+                raise
+            if len(outcomes) > 1:
+                for one in ordered:
+                    await self._write([one])
+                return
+            self._metrics.failures.labels("rollout").inc()
+            log.warning("an outcome is dropped: %s", error)
 
-    async def _advance(self, rollout: dict[str, Any]) -> None:
-        orders = await self._store.read(select(tables.orders).where(tables.orders.c.rollout == rollout["id"]))
+    # --- a roll-out that runs --------------------------------------------------------------------------------
+
+    async def _advance(self, rollout: Row) -> None:
+        """Judge a roll-out by its answers; else send what is due, and make the next orders."""
+        if time.time_ns() - rollout["driven_at_ns"] > GAP_S * 1e9:
+            await self._resume(rollout)
+            return
+        tally = await self._tally(rollout)
+        total = sum(tally.values())
+        canaries = max(1, math.ceil(rollout["canary_share"] * total))
+        limit = canaries if rollout["state"] == "canary" else total
+        if verdict := _judge(rollout, tally, limit):
+            await self._change(rollout["id"], (rollout["state"],), *verdict, "roll-out")
+            return
+        untold = await self._untold(rollout, limit - (total - tally["untold"]))
+        async with self._store.write() as connection:
+            driven = await _drive(connection, rollout)
+            if driven is not None:
+                await _insert(connection, [_announce(rollout, device) for device in untold])
+        if driven is not None and (due := await self._due(tables.orders.c.rollout == rollout["id"], "bundle")):
+            async with self._store.write() as connection:
+                if await _drive(connection, driven) is not None:
+                    await self._send(connection, due, driven)
+
+    async def _resume(self, rollout: Row) -> None:
+        """Nobody with a broker drove the roll-out for a while: no device could answer, so none is late by that."""
+        orders, gap_ns = tables.orders, time.time_ns() - rollout["driven_at_ns"]
+        change = update(orders).where(orders.c.rollout == rollout["id"], orders.c.state.in_(OPEN))
+        async with self._store.write() as connection:
+            if await _drive(connection, rollout) is not None:
+                await connection.execute(change.values(sent_at_ns=orders.c.sent_at_ns + gap_ns))
+
+    async def _tally(self, rollout: Row) -> dict[str, int]:
+        """How many devices of the fleet answered well (`good`) or badly, are `open`, or `untold`."""
+        fleet, orders = _fleet(rollout["site"]), tables.orders.c
         late_ns = time.time_ns() - int(rollout["patience_s"] * 1e9)
-        bad = sum(
-            one["state"] in BAD or (one["state"] in OPEN and one["sent_at_ns"] < late_ns) for one in orders
-        )
-        good = sum(one["state"] == "done" for one in orders)
-        answered = bad + good
-        enough = bad and answered >= min(rollout["min_outcomes"], len(orders))
-        if enough and bad / answered > rollout["max_failure_rate"]:
-            await self._halt(rollout, f"{bad} of {answered} answered orders failed", "roll-out")
-            return
-        devices = await self._devices(rollout["site"])
-        if not devices:
-            return
-        told = {(one["site"], one["device"]) for one in orders}
-        canaries = max(1, math.ceil(rollout["canary_share"] * len(devices)))
-        limit = canaries if rollout["state"] == "canary" else len(devices)
-        for site, device, model in devices:
-            if len(told) >= limit:
-                break
-            if (site, device) not in told:
-                told.add((site, device))
-                await self._announce(rollout, site, device, model)
-        if rollout["state"] == "canary" and answered >= canaries:
-            await self._change(rollout, "rolling", "", "roll-out")
-        elif rollout["state"] == "rolling" and answered >= len(devices):
-            await self._change(rollout, "done", "", "roll-out")
+        answer = case(
+            (orders.id.is_(None), "untold"),
+            (orders.state == "done", "good"),
+            (orders.state.in_(BAD) | (orders.sent_at_ns < late_ns), "bad"),
+            else_="open",
+        ).label("answer")
+        query = _with_orders(select(answer, func.count().label("count")), fleet, rollout).group_by("answer")
+        counts = {row["answer"]: row["count"] for row in await self._store.read(query)}
+        return {name: counts.get(name, 0) for name in ("good", "bad", "open", "untold")}
 
-    async def _announce(self, rollout: dict[str, Any], site: str, device: str, previous: str) -> None:
-        order = {
-            "kind": "bundle",
-            "name": "announcement",
-            "arguments": {"allow_older": rollout["allow_older"]},
-            "model": rollout["model"],
-            "previous": previous,
-            "rollout": rollout["id"],
-            "canary": rollout["state"] == "canary",
-        }
-        await self._order(site, device, order, "roll-out")
+    async def _untold(self, rollout: Row, room: int) -> Sequence[RowMapping]:
+        """The next devices that have no order yet, in a steady order."""
+        if room <= 0:
+            return ()
+        fleet = _fleet(rollout["site"])
+        query = _with_orders(select(fleet), fleet, rollout).where(tables.orders.c.id.is_(None))
+        return await self._store.read(query.order_by(fleet.c.site, fleet.c.device).limit(min(room, BATCH)))
 
-    async def _order(self, site: str, device: str, order: dict[str, Any], actor: str) -> str:
-        """Keep an order, then send it; what cannot be sent now is left unanswered and becomes late."""
-        identifier, now_ns = secrets.token_hex(16), time.time_ns()
-        async with self._store.write() as connection:
-            serial = await self._next_serial(connection, device, now_ns)
-            row = {
-                "id": identifier,
-                "site": site,
-                "device": device,
-                "serial": serial,
-                "state": "sent",
-                "reason": "",
-                "message": "",
-                "sent_at_ns": now_ns,
-                "previous": "",
-                "rollout": None,
-            } | order
-            await connection.execute(tables.orders.insert(), row)
-            if actor != "roll-out":
-                await audit.record(
-                    connection, actor, f"order.{order['name']}", f"{site}/{device}", id=identifier
-                )
-        sent = await self._build(row)
-        topic = topics.command(site, device) if row["kind"] == "command" else topics.bundle(site, device)
-        self._transport.publish(
-            topic, encode_order(sent, self._authority.order_key), retain=row["kind"] == "bundle"
-        )
-        return identifier
-
-    async def _build(self, row: dict[str, Any]) -> Order:
-        place = {name: row[name] for name in ("id", "serial", "site", "device")}
-        if row["kind"] == "command":
-            return Command(**place, name=row["name"], arguments=row["arguments"])
-        bundle = await self._registry.find(row["model"])
-        ticket = self._authority.ticket(row["model"], row["device"], int(time.time() + self._ticket_s))
-        return Announcement(
-            **place,
-            model=row["model"],
-            url=f"{self._address}/v1/bundles/{row['model']}/file?ticket={ticket}",
-            sha256=bundle["sha256"],
-            size=bundle["size"],
-            allow_older=row["arguments"].get("allow_older", False),
-        )
-
-    async def _next_serial(self, connection: AsyncConnection, device: str, now_ns: int) -> int:
-        """Greater than every earlier one, and than those of a store that was lost."""
-        query = select(func.max(tables.orders.c.serial)).where(tables.orders.c.device == device)
-        last = (await connection.execute(query)).scalar()
-        return max(now_ns, (last or 0) + 1)
-
-    async def _halt(self, rollout: dict[str, Any], reason: str, actor: str) -> None:
-        await self._change(rollout, "halted", reason, actor)
-        orders = await self._store.read(select(tables.orders).where(tables.orders.c.rollout == rollout["id"]))
-        for one in orders:
-            self._transport.publish(topics.bundle(one["site"], one["device"]), b"", retain=True)  # withdraw it
-            if rollout["roll_back"] and one["state"] == "done":
-                await self.command(one["site"], one["device"], "rollback", {}, actor)
-
-    async def _change(self, rollout: dict[str, Any], state: str, reason: str, actor: str) -> None:
+    async def _change(
+        self, rollout: str, expected: Collection[str], state: str, reason: str, actor: str
+    ) -> bool:
+        """Give a roll-out another state if it is in one of those `expected`; whether it was."""
         rollouts = tables.rollouts
+        change = (
+            update(rollouts)
+            .where(rollouts.c.id == rollout, rollouts.c.state.in_(expected))
+            .values(state=state, reason=reason, changed_at_ns=time.time_ns())
+        )
         async with self._store.write() as connection:
-            await connection.execute(
-                update(rollouts)
-                .where(rollouts.c.id == rollout["id"])
-                .values(state=state, reason=reason, changed_at_ns=time.time_ns())
-            )
-            await audit.record(connection, actor, f"rollout.{state}", rollout["id"], reason=reason)
+            if (await connection.execute(change)).rowcount == 0:
+                return False
+            await audit.record(connection, actor, f"rollout.{state}", rollout, reason=reason)
+        return True
 
-    async def _devices(self, site: str | None) -> list[tuple[str, str, str]]:
-        """Site, name and model of every enrolled device that has sent a status, in a steady order."""
-        found, after = [], ("", "")
-        while page := await self._store.devices(site=site, after=after, limit=1000):
-            found += [(one.site, one.device, one.status.model) for one in page if one.status is not None]
-            after = (page[-1].site, page[-1].device)
-        return found
+    # --- one that was halted ---------------------------------------------------------------------------------
+
+    async def _wind_down(self) -> None:
+        """Withdraw what halted roll-outs announced, and order back who took it, also when they say so late."""
+        orders, rollouts = tables.orders.c, tables.rollouts.c
+        recent = (rollouts.changed_at_ns > time.time_ns() - LINGER_NS) & (rollouts.driven_at_ns > 0)
+        halted = select(rollouts.id).where(rollouts.state == "halted", recent)
+        announced = (
+            select(tables.orders).where(orders.rollout.in_(halted), orders.kind == "bundle").limit(BATCH)
+        )
+        kept = announced.where(
+            orders.published_at_ns.is_not(None), orders.withdrawn_at_ns.is_(None), ~_followed(bundles_only=True)
+        )
+        taken = announced.where(
+            orders.rollout.in_(halted.where(rollouts.roll_back)),
+            orders.state == "done",
+            ~_followed(bundles_only=False),
+        )
+        if back := await self._store.read(taken):
+            async with self._store.write() as connection:
+                await _insert(connection, map(_order_back, back))
+        withdrawn = await self._store.read(kept)
+        due = await self._due(orders.rollout.in_(halted), "command")
+        if withdrawn or due:
+            async with self._store.write() as connection:
+                for row in withdrawn:
+                    self._transport.publish(topics.bundle(row["site"], row["device"]), b"", retain=True)
+                await _mark(connection, withdrawn, "withdrawn_at_ns")
+                await self._send(connection, due)
+
+    # --- sending ---------------------------------------------------------------------------------------------
+
+    async def _due(self, which: ColumnElement[bool], kind: str) -> Sequence[RowMapping]:
+        """Orders of roll-outs to be published: for the first time, again without an answer, or as tickets end."""
+        orders, now_ns = tables.orders.c, time.time_ns()
+        since_ns = now_ns - orders.published_at_ns
+        again = (since_ns > int(RESEND_S * 1e9)) & (since_ns > orders.published_at_ns - orders.sent_at_ns)
+        ends = since_ns > int(self._ticket_s / 2 * 1e9)
+        query = select(tables.orders).where(
+            which,
+            orders.kind == kind,
+            orders.state == "sent",
+            or_(orders.published_at_ns.is_(None), again, (orders.kind == "bundle") & ends),
+            ~_followed(bundles_only=True),
+        )
+        return await self._store.read(query.order_by(orders.serial).limit(BATCH))
+
+    async def _send(
+        self, connection: AsyncConnection, due: Sequence[RowMapping], bundle: Row | None = None
+    ) -> None:
+        """Publish orders that were kept earlier, and mark them."""
+        for row in due:
+            self._publish(Order(**row), bundle)
+        await _mark(connection, due, "published_at_ns")
+
+    def _publish(self, order: Order, bundle: Row | None = None) -> None:
+        """Give the broker an order, the announcement of `bundle` where there is one; `TransportError` without one."""
+        site, device = order.site, order.device
+        if bundle is None:
+            topic = topics.command(site, device)
+            message: Announcement | Command = msgspec.convert(order, Command, from_attributes=True)
+        else:
+            topic = topics.bundle(site, device)
+            ticket = self._authority.ticket(order.model, device, int(time.time() + self._ticket_s))
+            message = Announcement(
+                id=order.id,
+                serial=order.serial,
+                site=site,
+                device=device,
+                model=order.model,
+                url=f"{self._address}/v1/bundles/{order.model}/file?ticket={ticket}",
+                sha256=bundle["sha256"],
+                size=bundle["size"],
+                allow_older=order.arguments.get("allow_older", False),
+            )
+        payload = encode_order(message, self._authority.order_key)
+        self._transport.publish(topic, payload, retain=bundle is not None)
+
+
+def _judge(rollout: Row, tally: Mapping[str, int], limit: int) -> tuple[str, str] | None:
+    """The state to which the answers of the `limit` devices at hand bring a roll-out, and why; None: they do not."""
+    bad, answered = tally["bad"], tally["bad"] + tally["good"]
+    enough = bad and answered >= min(rollout["min_outcomes"], limit)
+    if enough and bad / answered > rollout["max_failure_rate"]:
+        return "halted", f"{bad} of {answered} answered orders failed"
+    if answered and answered >= limit:
+        return ("rolling" if rollout["state"] == "canary" else "done"), ""
+    return None
+
+
+async def _drive(connection: AsyncConnection, rollout: Row) -> Row | None:
+    """Hold a roll-out until the transaction ends; None where it was changed, or driven, since it was read."""
+    rollouts, now = tables.rollouts.c, {"driven_at_ns": time.time_ns()}
+    same = [rollouts[name] == rollout[name] for name in ("id", "state", "driven_at_ns")]
+    change = update(tables.rollouts).where(*same).values(now)
+    return {**rollout, **now} if (await connection.execute(change)).rowcount else None
+
+
+def _fleet(site: str | None) -> Subquery:
+    """The devices of `site`, or of all, that have sent a status: where they are enrolled, or, if the broker takes
+    devices that never enrolled, wherever those say that they are. A revoked one is none of them."""
+    devices, enrolled, certificates = tables.devices.c, tables.enrolled.c, tables.certificates.c
+    at_home = exists().where(enrolled.device == devices.device, enrolled.site == devices.site)
+    certified = exists().where(certificates.device == devices.device)
+    query = select(tables.devices).where(devices.status.is_not(null()), or_(at_home, ~certified))
+    return (query if site is None else query.where(devices.site == site)).subquery()
+
+
+def _with_orders(query: Select[Any], fleet: Subquery, rollout: Row) -> Select[Any]:
+    """`query` over `fleet`, each device with its announcement of `rollout` or none."""
+    orders = tables.orders.c
+    same = and_(
+        orders.rollout == rollout["id"],
+        orders.kind == "bundle",
+        orders.site == fleet.c.site,
+        orders.device == fleet.c.device,
+    )
+    return query.select_from(fleet.outerjoin(tables.orders, same))
+
+
+def _followed(*, bundles_only: bool) -> ColumnElement[bool]:
+    """Whether the device has had a later bundle, or command to go back, than the order at hand."""
+    orders, later = tables.orders.c, tables.orders.alias("later").c
+    kind = later.kind == "bundle"
+    return exists().where(
+        later.device == orders.device,
+        later.serial > orders.serial,
+        later.site == orders.site,
+        kind if bundles_only else kind | (later.name == "rollback"),
+    )
+
+
+def _note(site: str, device: str, outcome: Outcome) -> Any:
+    """The statement that writes an outcome, of the device's own order."""
+    orders = tables.orders
+    return (
+        update(orders)
+        .where(
+            orders.c.id == outcome.of,
+            orders.c.site == site,
+            orders.c.device == device,
+            orders.c.state.in_(OPEN),
+        )
+        .values(
+            state=outcome.state,
+            reason=outcome.reason[:64],
+            message=outcome.message[:1000],
+            answered_at_ns=time.time_ns(),
+        )
+    )
+
+
+def _make_order(site: str, device: str, kind: str, name: str, **more: Any) -> Order:
+    identifier, now_ns = secrets.token_hex(16), time.time_ns()
+    return Order(id=identifier, site=site, device=device, kind=kind, name=name, sent_at_ns=now_ns, **more)
+
+
+def _order_back(taken: RowMapping) -> Order:
+    return _make_order(taken["site"], taken["device"], "command", "rollback", rollout=taken["rollout"])
+
+
+def _announce(rollout: Row, device: RowMapping) -> Order:
+    runs = device["status"].get("model", "")
+    return _make_order(
+        device["site"],
+        device["device"],
+        "bundle",
+        "announcement",
+        model=rollout["model"],
+        previous=runs if re.fullmatch(HEX, runs) else "",
+        rollout=rollout["id"],
+        canary=rollout["state"] == "canary",
+        arguments={"allow_older": rollout["allow_older"]},
+    )
+
+
+async def _insert(connection: AsyncConnection, orders: Iterable[Order]) -> list[Order]:
+    """Keep new orders; each gets a serial above every earlier one's, and above those of a store that was lost."""
+    serial, device = tables.orders.c.serial, tables.orders.c.device
+    new = list(orders)
+    if not new:
+        return []
+    query = select(device, func.max(serial)).where(device.in_({one.device for one in new})).group_by(device)
+    last: dict[str, int] = {row[0]: row[1] for row in await connection.execute(query)}
+    for at, order in enumerate(new):
+        last[order.device] = max(order.sent_at_ns, last.get(order.device, 0) + 1)
+        new[at] = msgspec.structs.replace(order, serial=last[order.device])
+    await connection.execute(tables.orders.insert(), [msgspec.structs.asdict(one) for one in new])
+    return new
+
+
+async def _mark(connection: AsyncConnection, rows: Sequence[RowMapping], when: str) -> None:
+    """Note on orders that `when` is now."""
+    change = update(tables.orders).where(tables.orders.c.id.in_([row["id"] for row in rows]))
+    await connection.execute(change.values({when: time.time_ns()}))

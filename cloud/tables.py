@@ -144,6 +144,8 @@ rollouts = Table(
     Column("created_at_ns", BigInteger, nullable=False),
     Column("changed_at_ns", BigInteger, nullable=False),
     Column("actor", String(64), nullable=False),
+    # When a worker with a broker last drove it; 0 of those that ended before this was kept.
+    Column("driven_at_ns", BigInteger, nullable=False, server_default="0"),
 )
 orders = Table(
     "orders",
@@ -156,15 +158,20 @@ orders = Table(
     Column("name", String(32), nullable=False),
     Column("model", String(32), nullable=False),
     Column("previous", String(32), nullable=False),
-    Column("rollout", String(32), index=True),
+    Column("rollout", String(32)),
     Column("canary", Boolean, nullable=False),
     Column("arguments", JSON, nullable=False),
     Column("state", String(16), nullable=False),
     Column("reason", String(64), nullable=False),
     Column("message", Text, nullable=False),
+    # Since when an answer is awaited: later by as long as nobody with a broker drove the roll-out.
     Column("sent_at_ns", BigInteger, nullable=False),
     Column("answered_at_ns", BigInteger),
+    # When the broker was last given it, and when the empty message that takes a retained one from it.
+    Column("published_at_ns", BigInteger),
+    Column("withdrawn_at_ns", BigInteger),
     UniqueConstraint("device", "serial", name="order_of_device"),
+    Index("order_of_rollout", "rollout", "kind", "site", "device", unique=True),
 )
 leases = Table(
     "leases",

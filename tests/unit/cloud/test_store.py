@@ -222,6 +222,42 @@ async def test_the_audit_trail_is_chained_even_when_entries_come_at_once(store):
     assert await audit.verify(store) is None
 
 
+async def test_a_lease_is_one_holders_until_it_ends(store, url):
+    """Two stores of one process stand for two workers whose hosts and processes bear the same name and number."""
+    other = Store(StoreConfig(url))
+    assert await store.take_lease("work", 60.0)
+    assert not await other.take_lease("work", 60.0)
+    assert await store.take_lease("work", 0.0)
+    assert await other.take_lease("work", 60.0)
+    await other.close()
+
+
+async def test_orders_given_twice_become_one_of_their_rollout(url):
+    await asyncio.to_thread(upgrade, url, "0004")
+    order = {"site": "ward", "device": "pi-1", "kind": "bundle", "name": "announcement", "model": "m" * 32}
+    order |= {"previous": "", "canary": False, "arguments": {}, "state": "sent", "reason": "", "message": ""}
+    rows = [
+        order | {"id": str(serial), "serial": serial, "sent_at_ns": serial, "rollout": "r" * 32}
+        for serial in (1, 2)
+    ]
+    names = [column(one.name, one.type) for one in tables.orders.columns if one.name in rows[0]]
+    store = Store(StoreConfig(url))
+    async with store.write() as connection:
+        await connection.execute(insert(table("orders", *names)), rows)
+    await store.open()
+    found = await store.read(tables.orders.select().order_by(tables.orders.c.serial))
+    assert [(one["rollout"], one["published_at_ns"]) for one in found] == [(None, 1), ("r" * 32, 2)]
+    await store.close()
+
+
+async def test_a_status_that_was_kept_and_is_refused_by_now_is_none(store):
+    async with store.write() as connection:
+        row = {"site": "ward", "device": "pi-1", "seen_at_ns": 1}
+        status = {"type": "status", "state": "online", "queued": 10**400}
+        await connection.execute(tables.devices.insert(), row | {"status": status})
+    assert await store.devices() == [Device("ward", "pi-1", 1, None)]
+
+
 async def test_dead_letters_are_bounded(url):
     store = Store(StoreConfig(url, max_dead_letters=3))
     await store.open()
