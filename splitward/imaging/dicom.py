@@ -10,6 +10,7 @@ Nothing here logs: pydicom's own warnings and errors about attributes quote valu
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,23 +109,44 @@ def _check_size(path: Path, dataset: Any) -> None:
 
 
 def _read_frames(path: Path, dataset: Any) -> list[tuple[int, int, Pixels]]:
-    from pydicom.pixels import apply_color_lut, pixel_array
-
-    stored = pixel_array(dataset)  # YBR becomes RGB here (C.7.6.3.1.2)
     count = int(dataset.get("NumberOfFrames") or 1)
-    photometric = str(dataset.PhotometricInterpretation)
+    return [
+        (index, count, _to_pixels(path, stored, dataset, index))
+        for index, stored in enumerate(_decode(dataset, count))
+    ]
+
+
+def _decode(dataset: Any, count: int) -> Iterator[NDArray[Any]]:
+    """Each frame as it is stored, [H, W] or [H, W, 3] where YBR has become RGB (C.7.6.3.1.2).
+
+    What is compressed is unpacked one frame at a time, and what is not is seen where the file's bytes lie: on a
+    device there is no room for a second copy of a whole tomosynthesis.
+    """
+    from pydicom.pixels import pixel_array
+
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        for index in range(count):
+            yield pixel_array(dataset, index=index)
+        return
     tail = (3,) if dataset.SamplesPerPixel == 3 else ()
-    frames = stored.reshape(count, int(dataset.Rows), int(dataset.Columns), *tail)
-    if tail:
-        return [(i, count, _to_bytes(frame, int(dataset.BitsStored))) for i, frame in enumerate(frames)]
+    stored = pixel_array(dataset, view_only=True)
+    yield from stored.reshape(count, int(dataset.Rows), int(dataset.Columns), *tail)
+
+
+def _to_pixels(path: Path, stored: NDArray[Any], dataset: Any, index: int) -> Pixels:
+    from pydicom.pixels import apply_color_lut
+
+    photometric = str(dataset.PhotometricInterpretation)
+    if dataset.SamplesPerPixel == 3:
+        return _to_bytes(stored, int(dataset.BitsStored))
     if photometric == "PALETTE COLOR":
-        coloured = [apply_color_lut(frame, dataset) for frame in frames]
-        return [(i, count, _to_bytes(frame, 8 * frame.itemsize)) for i, frame in enumerate(coloured)]
+        coloured = apply_color_lut(stored, dataset)
+        return _to_bytes(coloured, 8 * coloured.itemsize)
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise DataError(
             f"{path}: photometric interpretation {photometric!r} is not read. Export it as grey or RGB."
         )
-    return [(i, count, _show(path, frame, dataset, i)) for i, frame in enumerate(frames)]
+    return _show(path, stored, dataset, index)
 
 
 def _to_bytes(colour: NDArray[Any], bits: int) -> Pixels:
@@ -132,7 +154,29 @@ def _to_bytes(colour: NDArray[Any], bits: int) -> Pixels:
 
 
 def _show(path: Path, stored: NDArray[Any], dataset: Any, index: int) -> Pixels:
-    """Grey frame through modality and VOI transformation, to uint16 with 65535 white."""
+    """Grey frame [H, W] as a reader would see it, in uint16 with 65535 white.
+
+    Each value is shown by itself, so what 16 bits can hold is shown once for each value, not for each pixel: the
+    floats of a mammogram at full resolution would not fit a device's memory.
+    """
+    if stored.dtype.itemsize > 2:
+        return _show_values(path, stored, np.ones(stored.shape, np.bool_), dataset, index)
+    first = int(stored.min())
+    values = np.arange(first, int(stored.max()) + 1)
+    present = np.zeros(values.shape, np.bool_)
+    for row in stored:  # by rows, as numpy makes 64-bit positions of them
+        present[row.astype(np.intp) - first] = True
+    table = _show_values(path, values, present, dataset, index)
+    shown = np.empty(stored.shape, table.dtype)
+    for row, target in zip(stored, shown, strict=True):
+        np.take(table, row.astype(np.intp) - first, out=target)
+    return shown
+
+
+def _show_values(
+    path: Path, stored: NDArray[Any], present: NDArray[np.bool_], dataset: Any, index: int
+) -> NDArray[np.uint16]:
+    """Stored values through modality and VOI transformation; `present` are those that the frame holds."""
     big_endian = dataset.file_meta.TransferSyntaxUID == _BIG_ENDIAN
     values = _apply_modality(
         stored, _functional_group(dataset, index, "PixelValueTransformationSequence"), big_endian
@@ -142,7 +186,7 @@ def _show(path: Path, stored: NDArray[Any], dataset: Any, index: int) -> Pixels:
     voi = _functional_group(dataset, index, "FrameVOILUTSequence")
     shown = _apply_voi(values, voi, big_endian)
     if shown is None:
-        shown = _stretch(values, ~_is_padding(stored, dataset))
+        shown = _stretch(values, present & ~_is_padding(stored, dataset))
     white = np.rint(np.clip(shown, 0.0, 1.0) * 65535).astype(np.uint16)
     return 65535 - white if dataset.PhotometricInterpretation == "MONOCHROME1" else white
 

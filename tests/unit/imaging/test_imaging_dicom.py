@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +10,12 @@ import pytest
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402 - after the skip
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 - after the skip
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid  # noqa: E402 - ditto
+from pydicom.uid import (  # noqa: E402 - ditto
+    ExplicitVRLittleEndian,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from splitward.errors import DataError  # noqa: E402 - after the skip
 from splitward.imaging.dicom import is_dicom, read_dicom  # noqa: E402 - after the skip
@@ -128,6 +135,116 @@ def test_padding_does_not_count_for_the_stretch(tmp_path):
     assert shown(path) == [[0, 0, WHITE, 0]]
     only = write_dicom(tmp_path / "b.dcm", np.full((1, 2), -2000, np.int16), PixelPaddingValue=-2000)
     assert shown(only) == [[0, 0]]
+
+
+SHOWN = {
+    "stretch": {},
+    "rescaled": {"RescaleSlope": 0.37, "RescaleIntercept": -1024.5},
+    "linear": {"WindowCenter": 40, "WindowWidth": 401, "RescaleSlope": 1.5, "RescaleIntercept": -10},
+    "exact": {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "LINEAR_EXACT"},
+    "sigmoid": {"WindowCenter": 100, "WindowWidth": 900, "VOILUTFunction": "SIGMOID"},
+    "threshold": {"WindowCenter": 100, "WindowWidth": 1},
+    "modality_lut": {"ModalityLUTSequence": [[900, 17, 4095, 33]]},
+    "modality_lut_window": {"ModalityLUTSequence": [[9, 17, 4, 3]], "WindowCenter": 9, "WindowWidth": 12},
+    "voi_lut": {"VOILUTSequence": [[5, 900, 40000, 3, 65535]]},
+    "padding": {"PixelPaddingValue": 3, "PixelPaddingRangeLimit": 90},
+    "padding_rescaled": {"PixelPaddingValue": 120, "RescaleSlope": -2, "RescaleIntercept": 7},
+}
+
+
+def shown_by_hand(stored, attributes, inverted) -> list:
+    """Pixel by pixel, in plain floats, as PS3.3 says."""
+
+    def look_up(value, table):
+        return float(table[min(max(round(value) - 1, 0), len(table) - 1)])
+
+    def rescale(value):
+        if "ModalityLUTSequence" in attributes:
+            return look_up(value, attributes["ModalityLUTSequence"][0])
+        return value * float(attributes.get("RescaleSlope", 1)) + float(attributes.get("RescaleIntercept", 0))
+
+    pixels = [int(value) for value in stored.ravel()]
+    first = attributes.get("PixelPaddingValue")
+    last = attributes.get("PixelPaddingRangeLimit", first)
+    kept = [rescale(value) for value in pixels if first is None or not first <= value <= last]
+    centre, width = attributes.get("WindowCenter"), attributes.get("WindowWidth")
+    function = attributes.get("VOILUTFunction", "LINEAR")
+
+    def show(value):
+        if "VOILUTSequence" in attributes:
+            return look_up(value, attributes["VOILUTSequence"][0]) / 65535
+        if centre is None:
+            return (value - min(kept)) / (max(kept) - min(kept))
+        if function == "SIGMOID":
+            return 1 / (1 + math.exp(-4 * (value - centre) / width))
+        if function == "LINEAR_EXACT":
+            return (value - centre) / width + 0.5
+        if width == 1:
+            return float(value > centre - 0.5)
+        return (value - (centre - 0.5)) / (width - 1) + 0.5
+
+    white = [round(min(max(show(rescale(value)), 0.0), 1.0) * WHITE) for value in pixels]
+    return np.reshape([WHITE - value if inverted else value for value in white], stored.shape).tolist()
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["monochrome2", "monochrome1"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_pixel_is_shown_as_if_it_were_alone(tmp_path, name, dtype, inverted):
+    limits = np.iinfo(dtype)
+    low, high = (limits.min, limits.max) if limits.bits == 8 else (max(limits.min, -1000), 4095)
+    stored = np.random.default_rng(0).integers(low, high, (24, 40), dtype, endpoint=True)
+    attributes = {
+        key: [lut(entries, 1, 16) for entries in value] if key.endswith("Sequence") else value
+        for key, value in SHOWN[name].items()
+    }
+    for item in attributes.get("ModalityLUTSequence", []):
+        item.ModalityLUTType = "US"
+    path = write_dicom(
+        tmp_path / "a.dcm", stored, PhotometricInterpretation=f"MONOCHROME{1 if inverted else 2}", **attributes
+    )
+    assert shown(path) == shown_by_hand(stored, SHOWN[name], inverted)
+
+
+def test_values_of_more_than_16_bits_are_shown_alike(tmp_path):
+    stored = np.array([[0, 1 << 20, 2 << 20, 3 << 20]], np.uint32)
+    path = write_dicom(tmp_path / "a.dcm", stored, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1")
+    assert shown(path) == [[WHITE, WHITE, 32767, 0]]
+
+
+def peak_bytes(path) -> int:
+    """Most memory at one time that reading the file takes."""
+    read_dicom(path)  # what is imported and cached
+    tracemalloc.start()
+    try:
+        read_dicom(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "attributes", [{}, {"WindowCenter": 2047, "WindowWidth": 4095}], ids=["stretch", "window"]
+)
+def test_a_mammogram_takes_the_file_and_the_picture_of_memory_and_little_more(tmp_path, attributes):
+    stored = np.random.default_rng(0).integers(0, 4096, (2048, 2048), np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", stored, **attributes)
+    assert peak_bytes(path) < 2.2 * stored.nbytes
+
+
+def test_compressed_frames_are_unpacked_one_at_a_time(tmp_path):
+    row = np.arange(256, dtype=np.uint16) // 64
+    stored = np.broadcast_to(row, (16, 256, 256)) + np.arange(16, dtype=np.uint16)[:, None, None]
+    path = write_dicom(tmp_path / "a.dcm", stored, NumberOfFrames=16)
+    dataset = pydicom.dcmread(path)
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    packed = tmp_path / "packed.dcm"
+    dataset.save_as(packed)
+    assert all(
+        np.array_equal(one.pixels, other.pixels)
+        for one, other in zip(read_dicom(path), read_dicom(packed), strict=True)
+    )
+    assert peak_bytes(packed) < 1.5 * stored.nbytes
 
 
 def test_every_frame_is_stretched_on_its_own(tmp_path):
