@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from splitward.errors import DataError
 from splitward.imaging.inputs import Pixels
@@ -37,7 +38,7 @@ def read_image(path: Path) -> Pixels:
     ------
     DataError
         The file is missing, empty, truncated, no image of a known format, over `MAX_PIXELS`, or holds values
-        that are no 8- or 16-bit image (floats, 32 bits).
+        whose white is not known (floats, signed numbers, 32 bits).
     """
     with warnings.catch_warnings():
         # Pillow warns of odd metadata, which says nothing of the pixels; the size limit is ours.
@@ -68,10 +69,7 @@ def _check_size(path: Path, image: Image.Image) -> None:
 
 def _to_pixels(path: Path, image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(f"{path}: has values outside 0..65535. Convert it to 8- or 16-bit grey.")
-        return values.astype(np.uint16)
+        return _to_deep_grey(path, image)
     if image.mode == "F":
         raise DataError(f"{path}: holds floats, whose white is not known. Convert it to 8- or 16-bit grey.")
     if image.has_transparency_data:
@@ -79,3 +77,24 @@ def _to_pixels(path: Path, image: Image.Image) -> Pixels:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
         return np.array(image.convert("L" if grey else "RGB"))
     return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _to_deep_grey(path: Path, image: Image.Image) -> Pixels:
+    """Grey of more than 8 bits, to 65535 white; Pillow scales a PGM, and leaves a TIFF's values as they are."""
+    values = np.asarray(image)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        values = np.where(values == transparent, 0, values)
+    if isinstance(image, TiffImageFile):
+        (bits,) = image.tag_v2[BITSPERSAMPLE]
+        if image.mode == "I":  # what Pillow makes of signed values, and of 32 bits
+            raise DataError(
+                f"{path}: holds {bits}-bit numbers whose white is not known. Convert it to 8- or 16-bit grey."
+            )
+        if bits < 16:
+            white = (1 << bits) - 1
+            values = (values.astype(np.uint32) * 65535 + white // 2) // white
+        # Pillow inverts WhiteIsZero up to 8 bits only.
+        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0:
+            values = 65535 - values
+    return values.astype(np.uint16)

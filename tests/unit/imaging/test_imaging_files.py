@@ -40,18 +40,101 @@ def test_sixteen_bits_survive_exactly(tmp_path, suffix):
     assert np.array_equal(pixels, DEEP)
 
 
-def test_big_endian_tiff_is_read_in_its_own_order(tmp_path):
-    path = tmp_path / "big.tiff"
-    width, height, bits, plain, black_is_zero, offset, samples, rows, length = 2, 1, 16, 1, 1, 8, 1, 1, 4
-    values = (width, height, bits, plain, black_is_zero, offset, samples, rows, length)
-    tags = zip((256, 257, 258, 259, 262, 273, 277, 278, 279), values, strict=True)
-    entries = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
-    header = struct.pack(">2sHIHHH", b"MM", 42, 12, 258, 65535, len(values))
-    path.write_bytes(header + entries + bytes(4))
+def tiff(data, width, height, bits, photometric, order="<", sample_format=1) -> bytes:
+    """Grey TIFF of one strip; photometric 0 is WhiteIsZero, 1 BlackIsZero; sample format 1 unsigned, 2 signed."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    mark = b"II" if order == "<" else b"MM"
+    start = struct.pack(f"{order}2sHI", mark, 42, 8 + len(data)) + data
+    return start + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+TWELVE = bytes([0x00, 0x08, 0x01, 0xFF, 0xFF, 0xFF])
+"""0, 2049, 4095, 4095 in 12 bits each."""
+TIFFS = {
+    "16_bits": (tiff(np.array([[258, 65535]], "<u2").tobytes(), 2, 1, 16, 1), [258, 65535]),
+    "16_bits_big_endian": (tiff(np.array([[258, 65535]], ">u2").tobytes(), 2, 1, 16, 1, ">"), [258, 65535]),
+    "16_bits_white_is_zero": (tiff(np.array([[0, 65535]], "<u2").tobytes(), 2, 1, 16, 0), [65535, 0]),
+    "12_bits": (tiff(TWELVE, 4, 1, 12, 1), [0, round(2049 / 4095 * 65535), 65535, 65535]),
+    "8_bits": (tiff(bytes([0, 200]), 2, 1, 8, 1), [0, 200]),
+    "8_bits_white_is_zero": (tiff(bytes([0, 200]), 2, 1, 8, 0), [255, 55]),
+    "4_bits": (tiff(bytes([0x0F]), 2, 1, 4, 1), [0, 255]),
+    "4_bits_white_is_zero": (tiff(bytes([0x0F]), 2, 1, 4, 0), [255, 0]),
+    "1_bit": (tiff(bytes([0b01000000]), 2, 1, 1, 1), [0, 255]),
+    "1_bit_white_is_zero": (tiff(bytes([0b01000000]), 2, 1, 1, 0), [255, 0]),
+}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_black_and_white_of_a_tiff_are_its_own(tmp_path, name):
+    data, expected = TIFFS[name]
+    path = tmp_path / "a.tiff"
+    path.write_bytes(data)
+    pixels = read_image(path)
+    assert pixels.dtype == (np.uint16 if name.startswith(("16", "12")) else np.uint8)
+    assert pixels.dtype.isnative
+    assert pixels.tolist() == [expected]
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_a_packed_tiff_of_16_bits_may_have_its_white_at_zero(tmp_path, compression):
+    path = tmp_path / "a.tiff"
+    Image.fromarray(DEEP).save(path, compression=compression, tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+    assert np.array_equal(read_image(path), 65535 - DEEP)
+
+
+def test_a_pgm_is_scaled_by_its_own_white(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 3 1 4095\n" + np.array([0, 2049, 4095], ">u2").tobytes())
     pixels = read_image(path)
     assert pixels.dtype == np.uint16
-    assert pixels.dtype.isnative
-    assert pixels.tolist() == [[258, 65535]]
+    assert pixels.tolist() == [[0, round(2049 / 4095 * 65535), 65535]]
+
+
+def png(bits: int, colour_type: int, row: bytes, width: int, transparent: bytes = b"") -> bytes:
+    """PNG of one row; colour type 0 is grey, 2 RGB, 4 grey with alpha."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0))
+    colour = chunk(b"tRNS", transparent) if transparent else b""
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + colour
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+
+
+PNGS = {
+    "grey_16": (png(16, 0, struct.pack(">3H", 0, 258, 65535), 3), np.uint16, [0, 258, 65535]),
+    "grey_16_transparent": (
+        png(16, 0, struct.pack(">3H", 7, 258, 65535), 3, struct.pack(">H", 65535)),
+        *(np.uint16, [7, 258, 0]),
+    ),
+    "grey_8_transparent": (png(8, 0, bytes([7, 200]), 2, struct.pack(">H", 200)), np.uint8, [7, 0]),
+    "grey_2": (png(2, 0, bytes([0b00011011]), 4), np.uint8, [0, 85, 170, 255]),
+    "grey_alpha_16": (
+        png(16, 4, struct.pack(">4H", 51400, 65535, 51400, 0), 2),
+        *(np.uint8, [[200, 200, 200], [0, 0, 0]]),
+    ),
+    "rgb_16": (png(16, 2, struct.pack(">3H", 51400, 257, 65535), 1), np.uint8, [[200, 1, 255]]),
+}
+
+
+@pytest.mark.parametrize("name", PNGS)
+def test_each_kind_of_png(tmp_path, name):
+    data, dtype, expected = PNGS[name]
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    pixels = read_image(path)
+    assert pixels.dtype == dtype
+    assert pixels.tolist() == [expected]
 
 
 def test_colour_survives_exactly(tmp_path):
@@ -113,7 +196,15 @@ HOSTILE = {
     "png_bomb": (png_header(60000, 60000), "decompression bomb"),
     "pgm_bomb": (b"P5 99999 99999 255\n", "decompression bomb"),
     "tiff_float": (encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "holds floats"),
-    "tiff_32_bit": (encode(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"), "outside 0..65535"),
+    "tiff_32_bit": (
+        encode(Image.fromarray(np.full((2, 2), 7, np.int32)), "TIFF"),
+        "32-bit numbers whose white",
+    ),
+    "tiff_signed": (
+        tiff(np.array([[1, 2]], "<i2").tobytes(), 2, 1, 16, 1, sample_format=2),
+        "16-bit numbers whose",
+    ),
+    "tiff_10_bit": (tiff(bytes(10), 4, 2, 10, 1), "no whole image"),
 }
 
 
