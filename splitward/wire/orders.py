@@ -6,12 +6,13 @@ A broker carries orders and is not trusted with them: each names its device and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from splitward.errors import MessageError
 from splitward.wire.control import MAX_BYTES
+from splitward.wire.names import Id, Sha256
 
 if TYPE_CHECKING:  # it is large, and a device that gets no order does without it
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -26,34 +27,34 @@ class Announcement(msgspec.Struct, frozen=True, tag="announcement", tag_field="t
     Attributes
     ----------
     id : str
-        32 hexadecimal digits; an `Outcome` names it.
+        32 lower-case hexadecimal digits; an `Outcome` names it.
     serial : int
         Greater than that of any earlier order to this device.
     model : str
-        Model id, 32 hexadecimal digits.
+        Model id, 32 lower-case hexadecimal digits.
     url : str
         HTTPS address of the bundle's file, with its ticket.
     sha256, size : str, int
-        Of that file.
+        Of that file; 64 lower-case hexadecimal digits, and at least 1 byte.
     allow_older : bool
         Whether the device may go back to a bundle that was made before the one it runs.
     """
 
-    id: str
+    id: Id
     serial: int
     site: str
     device: str
-    model: str
+    model: Id
     url: str
-    sha256: str
-    size: int
+    sha256: Sha256
+    size: Annotated[int, msgspec.Meta(ge=1)]
     allow_older: bool = False
 
 
 class Command(msgspec.Struct, frozen=True, tag="command", tag_field="type", kw_only=True):
     """One thing to do; `arguments` depend on `name`."""
 
-    id: str
+    id: Id
     serial: int
     site: str
     device: str

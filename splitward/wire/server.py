@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from splitward.errors import BundleError
+from splitward.wire.names import Id
 from splitward.wire.release import ReleaseLaw
 
 FORMAT = 1
@@ -30,7 +31,7 @@ class ServerCard(msgspec.Struct, frozen=True):
     """
 
     format: int
-    model: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+    model: Id
     name: str
     classes: tuple[str, ...]
     release: ReleaseLaw

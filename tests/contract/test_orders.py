@@ -89,6 +89,22 @@ def test_refused_with_the_reason_of_the_first_check_that_fails() -> None:
     assert verdict(payload, _Address(site="st-berta")) == "wrong_device"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("sha256", bad)
+            for bad in ("", "../" + "a" * 61, "/etc/passwd", "ab" * 31, "AB" * 32, "ab" * 32 + "\n")
+        ),
+        *(("model", bad) for bad in ("", "../" + "a" * 29, "0F" * 16, "0f" * 17, "0f" * 16 + "\n")),
+        *(("id", bad) for bad in ("", "../../x", "0f" * 16 + "\n")),
+        *(("size", bad) for bad in (0, -1)),
+    ],
+)
+def test_a_field_that_could_name_another_file_is_refused_though_it_is_signed(field: str, value: object) -> None:
+    assert verdict(encode_order(msgspec.structs.replace(ANNOUNCEMENT, **{field: value}), KEY)) == "bad_json"
+
+
 def test_every_changed_byte_of_a_body_breaks_the_signature() -> None:
     body = bytearray(msgspec.json.encode(ANNOUNCEMENT))
     good = msgspec.json.decode(encode_order(ANNOUNCEMENT, KEY))
