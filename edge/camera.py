@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from edge.capture import Capture, Frame, digest_of
 from edge.errors import CaptureError
+from edge.logs import shown_address
 from splitward.imaging.inputs import Pixels
 
 RECONNECT_S = (0.5, 1.0, 2.0, 5.0)
@@ -58,7 +60,7 @@ class CameraSource:
                 return
             failures = 0 if read else failures + 1
             pause_s = RECONNECT_S[min(failures, len(RECONNECT_S) - 1)]
-            log.warning("camera %s gives no frame; opening it again in %.1f s", self._camera, pause_s)
+            log.warning("camera %s gives no frame; opening it again in %.1f s", _shown(self._camera), pause_s)
             self._capture.stop.wait(pause_s)
 
     def _read_until_failure(self, device: Any) -> int:
@@ -122,8 +124,14 @@ def try_camera(camera: int | str) -> str:
     finally:
         device.release()
     if not whole:
-        raise CaptureError(f"camera {camera}: gives no frame. Is it plugged in, and may this user open it?")
-    return f"camera {camera}: {pixels.shape[1]} x {pixels.shape[0]}"
+        raise CaptureError(
+            f"camera {_shown(camera)}: gives no frame. Is it plugged in, and may this user open it?"
+        )
+    return f"camera {_shown(camera)}: {pixels.shape[1]} x {pixels.shape[0]}"
+
+
+def _shown(camera: int | str) -> str:
+    return shown_address(str(camera))
 
 
 def _to_rgb(pixels: Pixels) -> Pixels:
@@ -132,6 +140,7 @@ def _to_rgb(pixels: Pixels) -> Pixels:
 
 
 def _open_cv() -> Any:
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # it writes a camera's address, with the password
     try:
         import cv2
     except ImportError as error:

@@ -273,6 +273,8 @@ class HealthConfig(Struct, frozen=True, kw_only=True):
         JSON lines, rotated at `log_bytes`, `log_files` of them kept; standard error by default.
     log_format : "text" or "json"
         Of standard error.
+    log_level : "debug", "info", "warning" or "error"
+        Of the agent's own lines; libraries add warnings at most, as their other lines may name a patient.
     """
 
     metrics: str | None = None

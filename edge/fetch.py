@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from edge.errors import FetchError
+from edge.logs import shown_address
 
 TIMEOUT_S = 30.0
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 120.0
@@ -50,7 +51,7 @@ def post_json(url: str, body: dict[str, Any], ca: str | None) -> dict[str, Any]:
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise FetchError("bad_answer", f"{_shown(url)}: does not answer in JSON: {error}.") from error
+        raise FetchError("bad_answer", f"{shown_address(url)}: does not answer in JSON: {error}.") from error
 
 
 def get(url: str, ca: str | None) -> bytes:
@@ -86,7 +87,9 @@ def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, t
             time.sleep(pause_s)
     if target.stat().st_size != size or _sha256(target) != sha256:
         target.unlink()
-        raise FetchError("wrong_hash", f"{_shown(url)}: is not the file that was announced. Announce it again.")
+        raise FetchError(
+            "wrong_hash", f"{shown_address(url)}: is not the file that was announced. Announce it again."
+        )
 
 
 def _ask(request: urllib.request.Request, ca: str | None) -> bytes:
@@ -108,7 +111,7 @@ def _fetch_rest(url: str, target: Path, have: int, size: int, ca: str | None) ->
             while chunk := answer.read(CHUNK_BYTES):
                 written += len(chunk)
                 if written > size:
-                    raise FetchError("oversize", f"{_shown(url)}: is longer than was announced.")
+                    raise FetchError("oversize", f"{shown_address(url)}: is longer than was announced.")
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
@@ -126,7 +129,9 @@ def _open(request: urllib.request.Request, ca: str | None) -> Any:
 
 def _check_https(url: str) -> None:
     if urllib.parse.urlsplit(url).scheme != "https":
-        raise FetchError("bad_url", f"{_shown(url)}: is no HTTPS address, and nothing is fetched by any other.")
+        raise FetchError(
+            "bad_url", f"{shown_address(url)}: is no HTTPS address, and nothing is fetched by any other."
+        )
 
 
 def _check_space(target: Path, more: int) -> None:
@@ -146,14 +151,11 @@ def _error_of(url: str, error: Exception) -> FetchError:
             detail = str(problem.get("detail") or problem.get("title") or "")
         except (msgspec.DecodeError, OSError):
             pass  # no problem details
-        return FetchError(f"http_{error.code}", f"{_shown(url)}: {error.code} {error.reason}. {detail}".strip())
+        return FetchError(
+            f"http_{error.code}", f"{shown_address(url)}: {error.code} {error.reason}. {detail}".strip()
+        )
     reason = getattr(error, "reason", None) or error
-    return FetchError("unreachable", f"{_shown(url)}: {reason}. Is the address right, and its `ca`?")
-
-
-def _shown(url: str) -> str:
-    """The address without its query, which holds a ticket."""
-    return urllib.parse.urlunsplit((*urllib.parse.urlsplit(url)[:3], "", ""))
+    return FetchError("unreachable", f"{shown_address(url)}: {reason}. Is the address right, and its `ca`?")
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The agent's log: text for people, or JSON lines, rotated. What may name a patient is never in it.
+"""The agent's log: text for people, or JSON lines, rotated. What may name a patient is never in it, nor a secret.
 
 Where a file's or a frame's name is of use, it is given as `extra`, and a pseudonym is written in its place: the same
 name gives the same pseudonym on this device, so that lines can still be followed.
@@ -12,6 +12,7 @@ import logging.handlers
 import secrets
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from splitward.errors import ConfigError
 
 SECRET_KEYS = frozenset({"password", "secret", "token", "ticket", "key", "csr", "signature"})
 NAMING_KEYS = frozenset({"file", "frame", "patient", "patient_id", "name", "path"})
+ADDRESS_KEYS = frozenset({"camera", "url"})
+OWN = frozenset({"edge", "splitward", "__main__"})
 FIELDS = ("file", "frame", "error", "reason", "order", "count")
 _salt = secrets.token_bytes(16)
 
@@ -44,9 +47,19 @@ def start_logging(config: HealthConfig, level: str | None = None) -> None:
         except OSError as error:
             raise ConfigError(f"health.log_file = {config.log_file}: {error.strerror}.") from error
     as_json = config.log_format == "json" or config.log_file is not None
+    handler.addFilter(is_told)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.raiseExceptions = False  # a full disk must not end the agent, nor its log fill standard error
     logging.basicConfig(level=(level or config.log_level).upper(), handlers=[handler], force=True)
+
+
+def is_told(record: logging.LogRecord) -> bool:
+    """Whether a line may be written: ours, and other libraries' warnings.
+
+    Below that Pillow writes down what a file says of a patient, and pydicom does so in its warnings.
+    """
+    package = record.name.partition(".")[0]
+    return package in OWN or (package != "pydicom" and record.levelno >= logging.WARNING)
 
 
 class JsonFormatter(logging.Formatter):
@@ -98,7 +111,21 @@ def redact(key: str, value: Any) -> Any:
         return value
     if key in SECRET_KEYS:
         return "(secret)"
+    if key in ADDRESS_KEYS and isinstance(value, str):
+        return shown_address(value)
     return pseudonym(str(value)) if key in ("file", "frame", "patient", "patient_id") else value
+
+
+def shown_address(address: str) -> str:
+    """What may be shown of a camera's or a server's address: its scheme, host and path, and no login or query."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:
+        return "(address)"
+    if "@" in parts.path + parts.query + parts.fragment:  # of a login that is not where it belongs
+        return "(address)"
+    path = parts.path.partition("=")[0]  # some cameras take `user=` and `password=` there
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
 
 
 def pseudonym(name: str) -> str:

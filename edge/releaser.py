@@ -25,6 +25,7 @@ from pathlib import Path
 from edge.capture import Capture, Digests, Frame, merge, open_source, printable
 from edge.config import CaptureConfig
 from edge.errors import BackendError, CaptureError
+from edge.logs import is_told
 from edge.model import ClientModel
 from edge.pipe import (
     Beat,
@@ -204,12 +205,13 @@ class _Own(threading.local):
     opening = 0
 
 
-class _PipeHandler(logging.Handler):
+class PipeHandler(logging.Handler):
     """Hands log records to the agent."""
 
     def __init__(self, pipe: Pipe) -> None:
         super().__init__()
         self._pipe = pipe
+        self.addFilter(is_told)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record; the fields given as `extra` go along."""
@@ -230,7 +232,7 @@ def main(arguments: list[str]) -> int:
     start = pipe.receive()
     if not isinstance(start, Start):
         return 0  # the agent has gone
-    logging.basicConfig(level=start.config.health.log_level.upper(), handlers=[_PipeHandler(pipe)])
+    logging.basicConfig(level=start.config.health.log_level.upper(), handlers=[PipeHandler(pipe)])
     try:
         Releaser(pipe, Page(int(arguments[1])), start).run()
     except SplitwardError as error:

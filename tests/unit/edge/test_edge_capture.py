@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edge.camera import try_camera
 from edge.capture import Capture, Digests, Frame, Source, open_source
 from edge.config import CaptureConfig
 from edge.errors import CaptureError
@@ -27,6 +28,13 @@ from splitward.imaging.inputs import to_frame
 from splitward.wire.bundle import InputSpec
 
 BLACK = np.zeros((8, 8), np.uint8)
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    ends_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < ends_s, "it did not come about in time"
+        time.sleep(0.01)
 
 
 class Setting:
@@ -330,6 +338,20 @@ def test_a_camera_gives_its_newest_frame_and_is_opened_again(tmp_path: Path) -> 
     assert shared.admitted == 0, "a live scene does not wait for room"
     shared.stop.set()
     assert list(frames) == []
+
+
+def test_a_camera_s_login_is_in_no_line(tmp_path: Path, caplog: Any, capfd: Any) -> None:
+    address = "rtsp://admin:s3cret@127.0.0.1:1/1"
+    with pytest.raises(CaptureError, match=r"camera rtsp://127\.0\.0\.1:1/1: gives no frame"):
+        try_camera(address)
+    shared = Setting()
+    frames = iter(shared.open(kind="camera", camera=address))
+    reader = threading.Thread(target=lambda: list(frames))
+    reader.start()
+    wait_for(lambda: "gives no frame" in caplog.text)
+    shared.stop.set()
+    reader.join()
+    assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_video_gives_each_frame_once(tmp_path: Path) -> None:

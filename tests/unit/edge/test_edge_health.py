@@ -6,17 +6,23 @@ import http.client
 import json
 import logging
 import socket
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from edge.config import EdgeConfig, HealthConfig
 from edge.errors import EdgeError
 from edge.health import Notifier, disk_free_bytes, memory_of, temperature_c
-from edge.logs import JsonFormatter, TextFormatter, redact, start_logging
+from edge.logs import JsonFormatter, TextFormatter, redact, shown_address, start_logging
 from edge.metrics import Metric, MetricsServer, render
+from edge.pipe import FromReleaser, Logged, Pipe, ToReleaser
+from edge.releaser import PipeHandler
 from firmware_sim.broker import free_port
 
 
@@ -131,6 +137,62 @@ def test_secrets_are_taken_out_by_their_key() -> None:
     assert shown["broker"] == {"password": "(secret)", "host": "h", "tls": {"key": "(secret)"}}
     assert shown["patient"] != ["4711"]
     assert shown["token"] is None
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("rtsp://admin:s3cret@10.0.0.7:554/1", "rtsp://10.0.0.7:554/1"),
+        ("rtsp://admin:s3=c@ret@10.0.0.7/1", "rtsp://10.0.0.7/1"),
+        ("rtsp://admin:s3/cret@10.0.0.7/1", "(address)"),
+        ("rtsp://admin:s3[cret@10.0.0.7/1", "(address)"),
+        ("http://10.0.0.7/video?user=admin&password=s3cret", "http://10.0.0.7/video"),
+        ("rtsp://10.0.0.7/user=admin&password=s3cret", "rtsp://10.0.0.7/user"),
+        ("rtspsrc location=rtsp://admin:s3cret@10.0.0.7 ! appsink", "(address)"),
+        ("/dev/video0", "/dev/video0"),
+        ("0", "0"),
+    ],
+)
+def test_an_address_is_shown_without_its_login(address: str, shown: str) -> None:
+    assert shown_address(address) == shown
+    assert redact("", {"capture": {"camera": address}, "cloud": {"url": address}}) == {
+        "capture": {"camera": shown},
+        "cloud": {"url": shown},
+    }
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "error"])
+def test_other_libraries_write_no_more_than_warnings_whatever_the_level(tmp_path: Path, level: str) -> None:
+    path = tmp_path / "scan.tif"
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(path, tiffinfo={270: "DOE^JANE 1960-01-01"})
+    code = f"""
+import logging
+from pathlib import Path
+from edge.config import HealthConfig
+from edge.logs import start_logging
+from splitward.imaging.files import read_image
+start_logging(HealthConfig(log_level={level!r}))
+read_image(Path({str(path)!r}))
+logging.getLogger("pydicom").error("DOE^JANE is no date")
+logging.getLogger("PIL").warning("theirs")
+logging.getLogger("edge.agent").debug("ours")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "DOE" not in done.stderr
+    assert ("theirs" in done.stderr) == (level != "error")
+    assert ("ours" in done.stderr) == (level == "debug")
+
+
+def test_the_releaser_hands_on_no_chatter_of_other_libraries() -> None:
+    ours, theirs = socket.socketpair()
+    handler = PipeHandler(Pipe(theirs, ToReleaser))
+    with ours, theirs:
+        for name in ("PIL.TiffImagePlugin", "edge.folder"):
+            handler.handle(logging.makeLogRecord({"name": name, "levelno": logging.DEBUG, "msg": f"of {name}"}))
+        theirs.shutdown(socket.SHUT_WR)
+        pipe = Pipe(ours, FromReleaser)
+        assert pipe.receive() == Logged(logging.DEBUG, "edge.folder", "of edge.folder", {})
+        assert pipe.receive() is None
 
 
 def test_the_log_file_rotates(tmp_path: Path) -> None:
