@@ -24,10 +24,12 @@ log = logging.getLogger(__name__)
 class CameraSource:
     """Frames of the camera at an index or URL, uint8 RGB [H, W, 3]; it is opened again whenever it fails.
 
-    Its own thread reads on and keeps the newest frame only: an old picture of a live scene has no use.
+    Its own thread reads on and keeps the newest frame only: an old picture of a live scene has no use. Without OpenCV
+    there is no source, but a `CaptureError`.
     """
 
     def __init__(self, camera: int | str, capture: Capture) -> None:
+        self._cv2 = _open_cv()  # here, where its absence ends the start and not a thread
         self._camera = camera
         self._capture = capture
         self._fresh = threading.Condition()
@@ -48,20 +50,29 @@ class CameraSource:
             yield frame
 
     def _read_on(self) -> None:
-        cv2 = _open_cv()
         failures = 0
         while not self._capture.stop.is_set():
-            device = cv2.VideoCapture(self._camera)
-            try:
-                read = self._read_until_failure(device)
-            finally:
-                device.release()
+            read = self._read_once()
             if self._capture.stop.is_set():
                 return
             failures = 0 if read else failures + 1
             pause_s = RECONNECT_S[min(failures, len(RECONNECT_S) - 1)]
             log.warning("camera %s gives no frame; opening it again in %.1f s", _shown(self._camera), pause_s)
             self._capture.stop.wait(pause_s)
+
+    def _read_once(self) -> int:
+        """Open the camera and read until it fails; the number of frames read. OpenCV's own error is a frame lost."""
+        try:
+            device = self._cv2.VideoCapture(self._camera)
+            try:
+                return self._read_until_failure(device)
+            finally:
+                device.release()
+        except self._cv2.error as error:
+            text = " ".join(str(error).split()).replace(str(self._camera), _shown(self._camera))
+            log.error("camera %s: %s", _shown(self._camera), text)
+            self._capture.lose("unreadable", None)
+            return 0
 
     def _read_until_failure(self, device: Any) -> int:
         """Keep the newest frame until a read fails; the number of frames read."""
@@ -118,11 +129,13 @@ class VideoSource:
 
 def try_camera(camera: int | str) -> str:
     """What a camera gives, for a person; `CaptureError` when it gives nothing."""
-    device = _open_cv().VideoCapture(camera)
+    cv2 = _open_cv()
     try:
+        device = cv2.VideoCapture(camera)
         whole, pixels = device.read()
-    finally:
         device.release()
+    except cv2.error:
+        whole = False
     if not whole:
         raise CaptureError(
             f"camera {_shown(camera)}: gives no frame. Is it plugged in, and may this user open it?"

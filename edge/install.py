@@ -25,7 +25,7 @@ STATE = Path("/var/lib/splitward")
 UNITS = Path("/etc/systemd/system")
 SERVICE = "splitward-edge.service"
 SHIPPED = Path(__file__).with_name("systemd")
-_EXAMPLE = f"""\
+EXAMPLE = f"""\
 # The agent's settings; every key is described in edge/config.py.
 [device]
 id = "change-me"
@@ -34,8 +34,10 @@ bundle = "{STATE}/model.bundle"
 trusted_key = "{CONFIG}/trusted.pub"
 state_dir = "{STATE}"
 
-[capture]
-kind = "camera"
+[capture]  # kind = "camera" needs OpenCV: splitward[camera], or the system's with --system-packages
+kind = "folder"
+path = "/var/spool/images"
+watch = true
 
 [broker]
 host = "broker.example.org"
@@ -90,7 +92,7 @@ def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
     )
     say(f"{settings.package}: installed")
     if not (CONFIG / "edge.toml").exists():
-        write_whole(CONFIG / "edge.toml", _EXAMPLE.encode(), 0o640)
+        write_whole(CONFIG / "edge.toml", EXAMPLE.encode(), 0o640)
         shutil.chown(CONFIG / "edge.toml", 0, account.pw_gid)
         say(f"{CONFIG / 'edge.toml'}: an example, to be edited")
     changed = [name for name, text in _units().items() if _write(UNITS / name, text)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -320,6 +321,19 @@ def test_a_missing_source_is_refused(tmp_path: Path) -> None:
             Setting().frames(kind=kind, path=str(tmp_path / "nowhere"))
 
 
+@contextlib.contextmanager
+def running(setting: Setting, camera: int | str) -> Iterator[None]:
+    """Within, somebody waits for the camera's frames."""
+    source = setting.open(kind="camera", camera=camera)
+    reader = threading.Thread(target=lambda: list(source))
+    reader.start()
+    try:
+        yield
+    finally:
+        setting.stop.set()
+        reader.join()
+
+
 def test_a_camera_gives_its_newest_frame_and_is_opened_again(tmp_path: Path) -> None:
     import cv2
 
@@ -340,17 +354,30 @@ def test_a_camera_gives_its_newest_frame_and_is_opened_again(tmp_path: Path) -> 
     assert list(frames) == []
 
 
+def test_a_camera_without_opencv_is_refused_at_the_start(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(CaptureError, match=r"splitward\[camera\]"):
+        Setting().open(kind="camera")
+    with pytest.raises(CaptureError, match=r"splitward\[camera\]"):
+        try_camera(0)
+
+
+def test_an_error_of_opencv_is_counted_and_the_camera_opened_again() -> None:
+    shared = Setting()
+    with running(shared, 1 << 40):  # more than OpenCV can count
+        wait_for(lambda: len(shared.lost) >= 2)
+    assert set(shared.lost) == {"unreadable"}
+    with pytest.raises(CaptureError, match="gives no frame"):
+        try_camera(1 << 40)
+
+
 def test_a_camera_s_login_is_in_no_line(tmp_path: Path, caplog: Any, capfd: Any) -> None:
     address = "rtsp://admin:s3cret@127.0.0.1:1/1"
     with pytest.raises(CaptureError, match=r"camera rtsp://127\.0\.0\.1:1/1: gives no frame"):
         try_camera(address)
     shared = Setting()
-    frames = iter(shared.open(kind="camera", camera=address))
-    reader = threading.Thread(target=lambda: list(frames))
-    reader.start()
-    wait_for(lambda: "gives no frame" in caplog.text)
-    shared.stop.set()
-    reader.join()
+    with running(shared, address):
+        wait_for(lambda: "gives no frame" in caplog.text)
     assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
 
 

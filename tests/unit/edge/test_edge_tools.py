@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from edge.cli import main
+from edge.config import EdgeConfig
+from edge.install import EXAMPLE
 from edge.settings import load_settings
 from firmware_sim.broker import Broker
+from splitward.config import build_config, parse_toml
 
 UNITS = Path(str(files("edge"))) / "systemd"
 
@@ -147,6 +150,11 @@ def test_a_bundle_is_installed_and_rolled_back_by_hand(
     (tmp_path / "no.bundle").write_bytes(b"nothing")
     assert main(["model", "install", *asked, str(tmp_path / "no.bundle")]) == 2
     assert "refused: unreadable" in capsys.readouterr().err
+
+
+def test_the_example_that_install_writes_runs_with_what_it_installs() -> None:
+    config = build_config(parse_toml(EXAMPLE), EdgeConfig, where="example")
+    assert config.capture.kind == "folder", "a camera needs OpenCV, which is not among it"
 
 
 def test_the_units_are_hardened_and_start_the_agent() -> None:
