@@ -15,10 +15,14 @@ from splitward.wire.names import NAME, Backend, Precision
 
 Name = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Count = Annotated[int, Meta(ge=1)]
-Whole = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
-Span = Annotated[float, Meta(ge=0)]
+# Upper bounds are what timers, clocks and SQLite still take, or beyond what any device needs: an order may set some of
+# these, and a value that no start survives could not be ordered back.
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Whole = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Bytes = Annotated[int, Meta(ge=1, le=1 << 50)]
+Seconds = Annotated[float, Meta(ge=0.001, le=10 * 366 * 86400)]
+Span = Annotated[float, Meta(ge=0, le=10 * 366 * 86400)]
+SLOWEST_HZ = 1 / 86400
 
 
 class DeviceConfig(Struct, frozen=True, kw_only=True):
@@ -71,7 +75,7 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
     camera : int or str
         Index or URL that OpenCV opens.
     rate_hz : float
-        Most frames in a second; 0 takes them as fast as they are accepted.
+        Most frames in a second, one a day at least; 0 takes them as fast as they are accepted.
     watch : bool
         Keep looking for new files in the folder; otherwise the source ends with its last file.
     sort : bool
@@ -93,7 +97,7 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
     name: str = ""
     kind: SourceKind = "simulator"
     path: str = "demo/frames.npz"
-    camera: int | str = 0
+    camera: Annotated[int, Meta(ge=0, le=9999)] | str = 0
     rate_hz: Span = 0.0
     watch: bool = False
     sort: bool = False
@@ -103,7 +107,12 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:11112"
     ae_title: Annotated[str, Meta(pattern=r"^[\x20-\x5b\x5d-\x7e]{1,16}\Z")] = "SPLITWARD"
     callers: tuple[str, ...] = ()
-    min_free_bytes: Whole = 256 << 20
+    min_free_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 256 << 20
+
+    def __post_init__(self) -> None:
+        """Refuse a pause between frames that no clock counts."""
+        if 0 < self.rate_hz < SLOWEST_HZ:
+            raise ValueError("Expected `rate_hz` of 0, or of one frame a day at least")
 
 
 class RuntimeConfig(Struct, frozen=True, kw_only=True):
@@ -122,9 +131,9 @@ class RuntimeConfig(Struct, frozen=True, kw_only=True):
 
     backend: Backend = "onnx"
     precision: Precision = "float32"
-    threads: Count = 1
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1
     providers: tuple[Literal["cpu", "cuda", "tensorrt"], ...] = ("cpu",)
-    deadline_s: Seconds = 10.0
+    deadline_s: Annotated[float, Meta(ge=0.1, le=86400)] = 10.0
     restarts: Whole = 5
     restart_window_s: Seconds = 600.0
 
@@ -180,7 +189,7 @@ class SpoolConfig(Struct, frozen=True, kw_only=True):
         survives a crash of the agent only, and spares slow flash.
     """
 
-    max_bytes: Count = 64 << 20
+    max_bytes: Bytes = 64 << 20
     max_age_s: Seconds = 7 * 86400.0
     drop: Literal["oldest", "newest"] = "oldest"
     order: Literal["oldest", "newest"] = "oldest"
@@ -208,7 +217,7 @@ class LinkConfig(Struct, frozen=True, kw_only=True):
         Period of the status message.
     """
 
-    window: Count = 16
+    window: Annotated[int, Meta(ge=1, le=65535)] = 16
     retry_s: Seconds = 10.0
     retry_max_s: Seconds = 300.0
     reconnect_s: Seconds = 1.0
@@ -258,7 +267,7 @@ class UpdateConfig(Struct, frozen=True, kw_only=True):
     trial_starts: Count = 3
     fetch_s: Seconds = 1800.0
     fetch_tries: Count = 8
-    max_bytes: Count = 512 << 20
+    max_bytes: Bytes = 512 << 20
     keep: Count = 2
 
 
@@ -279,7 +288,7 @@ class HealthConfig(Struct, frozen=True, kw_only=True):
 
     metrics: str | None = None
     log_file: str | None = None
-    log_bytes: Count = 4 << 20
+    log_bytes: Bytes = 4 << 20
     log_files: Count = 4
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"

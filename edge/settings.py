@@ -79,8 +79,11 @@ def change_remotely(config: EdgeConfig, arguments: Mapping[str, Any]) -> None:
     """
     with_changes(config, arguments)
     path = _remote_path(config)
-    kept = {**(_read_remote(path) if path.exists() else {}), **arguments}
-    write_whole(path, msgspec.json.encode(kept))
+    kept = msgspec.json.encode({**(_read_remote(path) if path.exists() else {}), **arguments})
+    with_changes(
+        config, msgspec.json.decode(kept)
+    )  # as it will be read: a start that fails could not be ordered back
+    write_whole(path, kept)
 
 
 def with_changes(config: EdgeConfig, arguments: Mapping[str, Any]) -> EdgeConfig:

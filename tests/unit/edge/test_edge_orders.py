@@ -131,6 +131,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ({"link.windwo": 3}, r"Did you mean 'link\.window'"),
         ({"link.window": "many"}, "window"),
         ({"link.status_s": 5.0, "spool.drop": "all"}, "drop"),
+        ({"spool.max_age_s": 1e300}, "max_age_s"),
+        ({"runtime.deadline_s": 1e-9}, "deadline_s"),
+        ({"capture.rate_hz": 1e-300}, "one frame a day"),
     ],
 )
 def test_an_order_changes_what_is_safe_or_nothing(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:

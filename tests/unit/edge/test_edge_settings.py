@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from edge.cli import main
@@ -14,6 +18,7 @@ from edge.config import BrokerConfig, EdgeConfig, TlsConfig
 from edge.errors import LinkError
 from edge.link import Link
 from edge.secret import load_secret
+from edge.spool import Spool
 from splitward.config import build_config
 from splitward.errors import ConfigError
 
@@ -49,6 +54,44 @@ def test_defaults_are_complete() -> None:
 def test_a_bad_value_is_refused_by_its_name(table: str, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{table}\.{key}"):
         build_config({table: {key: value}}, EdgeConfig, where="edge.toml")
+
+
+def numbers_of(kind: Any, table: str = "") -> list[tuple[str, str]]:
+    """Every (table, key) of a number in the configuration."""
+    found = []
+    for field in msgspec.structs.fields(kind):
+        inner = [part for part in (field.type, *get_args(field.type)) if isinstance(part, type)]
+        structs = [part for part in inner if issubclass(part, msgspec.Struct)]
+        if structs:
+            found += numbers_of(structs[0], f"{table}.{field.name}".strip("."))
+        elif isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            found.append((table, field.name))
+    return found
+
+
+NUMBERS = [one for one in numbers_of(EdgeConfig) if one[0] != "sources"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, 10**30, -1, 2**63])
+@pytest.mark.parametrize(("table", "key"), NUMBERS)
+def test_no_number_is_without_bounds(table: str, key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{table}\.{key}"):
+        build_config({table: {key: value}}, EdgeConfig, where="edge.toml")
+
+
+def test_the_longest_and_the_slowest_are_what_clocks_and_timers_take(tmp_path: Path) -> None:
+    values = {"spool": {"max_age_s": 10 * 366 * 86400.0}, "runtime": {"deadline_s": 86400.0}}
+    config = build_config(values | {"capture": {"rate_hz": 1 / 86400}}, EdgeConfig, where="edge.toml")
+    with closing(Spool(tmp_path / "spool.sqlite", config.spool)) as spool:
+        spool.expire()
+        assert not spool.dropped
+    try:
+        signal.setitimer(signal.ITIMER_REAL, config.runtime.deadline_s)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+    for rate_hz in (1e-300, 1e-6):
+        with pytest.raises(ConfigError, match=r"one frame a day.*\$\.capture"):
+            build_config({"capture": {"rate_hz": rate_hz}}, EdgeConfig, where="edge.toml")
 
 
 def test_the_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:
