@@ -266,7 +266,7 @@ class UpdateConfig(Struct, frozen=True, kw_only=True):
     trial_s: Seconds = 120.0
     trial_starts: Count = 3
     fetch_s: Seconds = 1800.0
-    fetch_tries: Count = 8
+    fetch_tries: Annotated[int, Meta(ge=1, le=1000)] = 8
     max_bytes: Bytes = 512 << 20
     keep: Count = 2
 

@@ -50,7 +50,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def format_toml(tables: dict[str, Any]) -> str:
-    """Plain `tables` as TOML. JSON's strings, numbers and booleans are TOML's; a value of None is left out."""
+    """Plain `tables` as TOML; a value of None is left out."""
     lines: list[str] = []
 
     def write(header: str, table: str, values: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def format_toml(tables: dict[str, Any]) -> str:
         if header:
             lines.append(header)
         lines.extend(
-            f"{key} = {json.dumps(value)}"
+            f"{key} = {_format_value(value)}"
             for key, value in values.items()
             if key not in nested and value is not None
         )
@@ -70,6 +70,15 @@ def format_toml(tables: dict[str, Any]) -> str:
 
     write("", "", tables)
     return "\n".join(lines) + "\n"
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_format_value(one) for one in value)}]"
+    if isinstance(value, float):
+        return float.__repr__(value)  # JSON has no word for what TOML calls inf and nan
+    # JSON's strings are TOML's, where they escape no pair of surrogates, and do escape the last control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _is_table(value: Any) -> bool:

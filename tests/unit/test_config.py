@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from splitward.config import build_config, read_config
+from splitward.config import build_config, format_toml, parse_toml, read_config
 from splitward.errors import ConfigError
 
 
@@ -144,3 +147,20 @@ def test_values_from_elsewhere_name_their_origin() -> None:
     assert build_config({"site": "a"}, Config, where="--set") == Config(site="a")
     with pytest.raises(ConfigError, match=r"^--set: unknown key 'sites'"):
         build_config({"sites": "a"}, Config, where="--set")
+
+
+VALUES = st.text() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), VALUES | st.lists(VALUES), max_size=4))
+@example({"emoji": "p\U0001f600w", "controls": "\x00\x1f\x7f\x80\u2028", "ends": [math.inf, -math.inf, 1e300]})
+def test_what_is_written_as_toml_is_read_again(values: dict[str, Any]) -> None:
+    assert parse_toml(format_toml({"agent": values, "every": [values, values]})) == {
+        "agent": values,
+        "every": [values, values],
+    }
+
+
+def test_nan_is_written_and_none_is_left_out() -> None:
+    assert math.isnan(parse_toml(format_toml({"x": math.nan}))["x"])
+    assert format_toml({"x": None, "y": 1}) == "y = 1\n"
