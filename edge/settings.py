@@ -53,20 +53,19 @@ def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ
     """
     values = {} if path is None else read_toml(path)
     where = "defaults" if path is None else str(path)
-    base = build_config(values, EdgeConfig, where)
-    remote = _remote_path(base)
-    if remote.exists():
-        values = _overlay(values, _read_remote(remote))
-        where = f"{where} with {remote}"
     changed = {
         key.removeprefix(PREFIX).lower().replace("__", "."): _value_of(text)
         for key, text in environment.items()
         if key.startswith(PREFIX)
     }
     if changed:
-        values = _overlay(values, changed)
         where = f"{where} with {PREFIX}..."
-    return build_config(values, EdgeConfig, where)
+    config = build_config(_overlay(values, changed), EdgeConfig, where)
+    remote = _remote_path(config)  # which the environment may have set
+    if not remote.exists():
+        return config
+    values = _overlay(values, _read_remote(remote))
+    return build_config(_overlay(values, changed), EdgeConfig, f"{where} with {remote}")
 
 
 def change_remotely(config: EdgeConfig, arguments: Mapping[str, Any]) -> None:

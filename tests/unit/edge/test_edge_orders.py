@@ -123,6 +123,17 @@ def test_later_sources_win(tmp_path: Path) -> None:
         load_settings(file, {"SPLITWARD_EDGE__LINK__WINDWO": "4"})
 
 
+def test_an_order_s_changes_are_found_where_the_environment_puts_the_state(tmp_path: Path) -> None:
+    file = tmp_path / "edge.toml"
+    file.write_text(f'[device]\nstate_dir = "{tmp_path}/a"\n')
+    environment = {"SPLITWARD_EDGE__DEVICE__STATE_DIR": f"{tmp_path}/b", "SPLITWARD_EDGE__LINK__WINDOW": "3"}
+    change_remotely(load_settings(file, environment), {"spool.max_bytes": 12345, "link.window": 5})
+    config = load_settings(file, environment)
+    assert config.spool.max_bytes == 12345
+    assert config.link.window == 3, "the environment wins"
+    assert load_settings(file, {}).spool.max_bytes == EdgeConfig().spool.max_bytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
