@@ -98,6 +98,9 @@ def _stage(request: InstallRequest, staged: Path) -> None:
     if request.size > request.config.update.max_bytes:
         limit = request.config.update.max_bytes
         raise UpdateError("oversize", f"{request.size} bytes are announced; `update.max_bytes` allows {limit}.")
+    for other in staged.parent.glob(f"{'?' * len(request.sha256)}.bundle"):
+        if other != staged:  # of an order that this one has taken the place of
+            other.unlink(missing_ok=True)
     from edge.fetch import fetch_file
 
     update, cloud = request.config.update, request.config.cloud

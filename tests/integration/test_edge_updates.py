@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge.config import CaptureConfig, CloudConfig, EdgeConfig, UpdateConfig
+from edge.config import CaptureConfig, CloudConfig, DeviceConfig, EdgeConfig, UpdateConfig
 from edge.errors import UpdateError
 from edge.installation import InstallRequest, install, install_apart
 from edge.models import ModelStore
@@ -104,6 +104,19 @@ def test_an_announced_bundle_is_fetched_tried_and_kept(
             again = cloud.outcome_of(command(cloud, web, 7, "rollback"))
             assert (again.state, ModelStore(config).active.model) == ("done", model.hex())
     assert len(cloud.answers) == len(set(cloud.answers))
+
+
+def test_part_of_a_file_is_kept_until_another_is_announced(tmp_path: Path) -> None:
+    config = EdgeConfig(device=DeviceConfig(state_dir=str(tmp_path)), update=UpdateConfig(fetch_tries=1))
+    staging = ModelStore(config).staging
+    staging.mkdir(parents=True)
+    first, second, by_hand = f"{'ab' * 32}.bundle", f"{'cd' * 32}.bundle", "file.bundle"
+    for name in (first, second, by_hand):
+        (staging / name).write_bytes(b"part")
+    url = "https://127.0.0.1:1/bundle"
+    report = install(InstallRequest(config=config, url=url, sha256="cd" * 32, size=1000, model="0f" * 16))
+    assert report.reason == "unreachable"
+    assert sorted(path.name for path in staging.iterdir()) == [second, by_hand]
 
 
 BAD = {
