@@ -191,17 +191,6 @@ async def test_workers_that_start_together_migrate_once(url):
     assert [await worker.wait() for worker in workers] == [0, 0, 0]
 
 
-async def test_one_worker_at_a_time_has_a_lease(store, url, monkeypatch):
-    monkeypatch.setattr("cloud.store.os.getpid", lambda: 1)  # the other worker's
-    other = Store(StoreConfig(url))
-    assert await store.take_lease("work", 60)
-    assert not await other.take_lease("work", 60)
-    assert await store.take_lease("work", -1)  # asked again it goes on, and here ends
-    assert await other.take_lease("work", 60)
-    assert not await store.take_lease("work", 60)
-    await other.close()
-
-
 async def test_old_results_and_their_labels_are_forgotten(store):
     day = 86_400_000_000_000
     await store.add([record(n, stored_at_ns=n * day) for n in range(1, 11)])
