@@ -175,14 +175,15 @@ async def results(
 ) -> Response:
     """Results in the order of storing: the last `limit`, or the first `limit` after `after`.
 
-    `after` is the `next` of an earlier answer, or a time in nanoseconds of UTC since 1970.
+    `after` is the `next` of an earlier answer, or a time in nanoseconds of UTC since 1970. Whoever follows `next` gets
+    every result once.
     """
     _refuse_zero(after or "")
     try:
-        found = await parts.store.results(device=device, site=site, model=model, after=after, limit=limit)
+        page = await parts.store.page(device=device, site=site, model=model, after=after, limit=limit)
     except (ValueError, OverflowError) as error:
         raise Problem(422, "bad_cursor", f"after: {error}") from error
-    return as_json({"results": found, "next": found[-1].cursor if found else after})
+    return as_json(page)
 
 
 @router.get("/results/export.{form}")
@@ -201,7 +202,7 @@ async def export_results(
             501, "no_parquet", "pyarrow is missing: install `splitward[parquet]`, or take export.csv."
         )
     write = {"csv": csv_of_results, "parquet": parquet_of_results}[form]
-    rows = write(parts.store, device=device, site=site, model=model, after=str(after))
+    rows = write(parts.store, device=device, site=site, model=model, since_ns=after)
     headers = {"content-disposition": f"attachment; filename=results.{form}"}
     kinds = {"csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
     return StreamingResponse(rows, media_type=kinds[form], headers=headers)

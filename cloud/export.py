@@ -20,20 +20,19 @@ ROW_GROUP = 50
 
 
 async def csv_of_results(
-    store: Store, *, device: str | None, site: str | None, model: str | None, after: str
+    store: Store, *, device: str | None, site: str | None, model: str | None, since_ns: int
 ) -> AsyncIterator[bytes]:
-    """Header and rows, in the order of storing; scores are separated by spaces.
+    """Header and rows, by the time of storing; scores are separated by spaces.
 
     A page that cannot be read ends the file early, and the connection with it: the reader sees that it is not whole.
     """
     yield _lines([COLUMNS])
-    while page := await store.results(device=device, site=site, model=model, after=after, limit=_PAGE):
+    async for page in store.history(since_ns, _PAGE, device=device, site=site, model=model):
         yield _lines([_row(record) for record in page])
-        after = page[-1].cursor
 
 
 async def parquet_of_results(
-    store: Store, *, device: str | None, site: str | None, model: str | None, after: str
+    store: Store, *, device: str | None, site: str | None, model: str | None, since_ns: int
 ) -> AsyncIterator[bytes]:
     """The same columns as Parquet, compressed; times are timestamps in UTC, scores are lists of float32.
 
@@ -55,9 +54,8 @@ async def parquet_of_results(
     schema, sink = pyarrow.schema(columns), _Sink()
     with parquet.ParquetWriter(pyarrow.PythonFile(sink, mode="w"), schema, compression="zstd") as writer:
         rows: list[tuple[object, ...]] = []
-        while page := await store.results(device=device, site=site, model=model, after=after, limit=_PAGE):
+        async for page in store.history(since_ns, _PAGE, device=device, site=site, model=model):
             rows += [_values(record) for record in page]
-            after = page[-1].cursor
             if len(rows) >= ROW_GROUP * _PAGE:
                 writer.write_table(_table(pyarrow, schema, rows))
                 rows = []

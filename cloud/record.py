@@ -31,10 +31,12 @@ class Record(msgspec.Struct, frozen=True):
         """Name of the frame."""
         return self.device, self.result.boot, self.result.sequence
 
-    @property
-    def cursor(self) -> str:
-        """Place of the record in the order of storing, for `Store.results`."""
-        return ".".join(map(str, (self.result.stored_at_ns, *self.key)))
+
+class Page(msgspec.Struct, frozen=True):
+    """Records in the order of storing, and the cursor behind the last of them."""
+
+    results: list[Record]
+    next: str | None
 
 
 class Device(msgspec.Struct, frozen=True):

@@ -17,7 +17,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
-from sqlalchemy import Select, Table, and_, case, delete, event, func, select, text, tuple_
+from sqlalchemy import (
+    Select,
+    Table,
+    and_,
+    case,
+    column,
+    delete,
+    event,
+    func,
+    select,
+    table,
+    text,
+    tuple_,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -27,14 +40,21 @@ from cloud import tables
 from cloud.config import StoreConfig
 from cloud.errors import StoreError
 from cloud.metrics import CpuClock
-from cloud.record import DeadLetter, Device, Key, Label, Record
+from cloud.record import DeadLetter, Device, Key, Label, Page, Record
 from cloud.sqlite import SqliteResults, make_durable
 from splitward.errors import ConfigError
 from splitward.wire.control import Result, Status
 from splitward.wire.names import MAX_INTEGER
 
 _key = (tables.results.c.device, tables.results.c.boot, tables.results.c.sequence)
-_order = (tables.results.c.stored_at_ns, *_key)
+_number, _stored_at_ns = tables.results.c.number, tables.results.c.stored_at_ns
+_last_number: dict[str, Select[Any]] = {
+    "sqlite": select(column("seq")).select_from(table("sqlite_sequence")).where(column("name") == "results"),
+    "postgresql": select(column("last_value")).select_from(table("results_number_seq")),
+}
+"""The highest number that a result ever had; the result may be deleted."""
+_MAX_COMMIT_NS = 10_000_000_000
+"""A result may be stamped so long before its commit."""
 
 
 class Store:
@@ -44,6 +64,7 @@ class Store:
         self.url = config.url
         self._engine = _make_engine(config.url)
         self._writer = self._engine.execution_options(writes=True)
+        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._max_dead_letters = config.max_dead_letters
         # Containers on one host's network may have its name and one number each.
         self._holder = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -105,10 +126,11 @@ class Store:
             except sqlite3.Error as error:
                 raise self._error(error) from error
         insert = self.insert(tables.results).on_conflict_do_nothing().returning(*_key)
-        # In one order: two workers that got the same frames would lock each other out.
-        ordered = sorted(records, key=lambda record: record.key)
-        async with self.write() as connection:
-            rows = (await connection.execute(insert, [_row(record) for record in ordered])).all()
+        # A statement that is a transaction: between the two, the other workers would wait for this one's next step.
+        whole = {"insertmanyvalues_page_size": len(records)}
+        async with self._guard(self._single.connect) as connection:
+            values = [_row(record) for record in records]
+            rows = (await connection.execute(insert, values, execution_options=whole)).all()
         added = {tuple(row) for row in rows}
         there = [record.key for record in records if record.key not in added]
         return await self.find(there) if there else {}
@@ -139,7 +161,7 @@ class Store:
 
     # --- readers ---------------------------------------------------------------------------------------------
 
-    async def results(
+    async def page(
         self,
         *,
         device: str | None = None,
@@ -147,31 +169,60 @@ class Store:
         site: str | None = None,
         after: str | None = None,
         limit: int = 100,
-    ) -> list[Record]:
-        """Records in the order of storing.
+    ) -> Page:
+        """Records in the order of storing, which is that of commits. Whoever follows `next` gets each one once.
 
         Parameters
         ----------
         device, model, site : str, optional
             Only those of this device, model id or site.
         after : str, optional
-            A record's `cursor`, or a time in nanoseconds: the first `limit` records after it. Without it, the
-            last `limit` records.
+            The `next` of a page: the first `limit` records after it. Or a time in nanoseconds: those from the first
+            one stored then or later. Without it, the last `limit` records.
 
         Raises
         ------
         ValueError
             `after` is not a cursor.
         """
-        query = select(tables.results).limit(limit)
-        for name, wanted in (("device", device), ("model", model), ("site", site)):
-            if wanted is not None:
-                query = query.where(tables.results.c[name] == wanted)
-        if after is not None:
-            query = query.where(tuple_(*_order) > tuple_(*_cursor(after)))
-            return [_record(row) for row in await self.read(query.order_by(*_order))]
-        last = await self.read(query.order_by(*(column.desc() for column in _order)))
-        return [_record(row) for row in reversed(last)]
+        query = _results(device=device, model=model, site=site).limit(limit)
+        if after is None:
+            rows = list(reversed(await self.read(query.order_by(_number.desc()))))
+        else:
+            rows = list(await self.read(query.where(_number > await self._place(after)).order_by(_number)))
+        last = f"{rows[-1]['stored_at_ns']}.{rows[-1]['number']}" if rows else after
+        return Page([_record(row) for row in rows], last)
+
+    async def _place(self, after: str) -> int:
+        """Number after which to go on; a cursor that this database did not give is read as its time.
+
+        A cursor tells number and time: in a database brought back from a copy, numbers are given once more. That of
+        an earlier release tells the time and the key; results stamped before it may have come after it.
+        """
+        at_ns, number = _cursor(after)
+        if number is not None:
+            stamp = select(_stored_at_ns).where(_number == number).scalar_subquery()
+            last = _last_number[self._engine.dialect.name].scalar_subquery()
+            [row] = await self.read(select(stamp.label("stamp"), func.coalesce(last, 0).label("last")))
+            if number <= row["last"] and row["stamp"] in (None, at_ns):  # None: deleted since
+                return number
+        if "." in after:
+            at_ns -= _MAX_COMMIT_NS
+        oldest = select(_stored_at_ns).order_by(_number).limit(1).scalar_subquery()
+        # The sum keeps the planners from walking through the numbers until one is late enough.
+        first = select(func.min(_number + 0)).where(_stored_at_ns >= at_ns).scalar_subquery()
+        [row] = await self.read(select(case((oldest >= at_ns, 1), else_=first).label("first")))
+        return MAX_INTEGER if row["first"] is None else row["first"] - 1
+
+    async def history(
+        self, since_ns: int, size: int, *, device: str | None, model: str | None, site: str | None
+    ) -> AsyncIterator[list[Record]]:
+        """The records stored at `since_ns` or later, by that time, in pages of `size`."""
+        query = _results(device=device, model=model, site=site).order_by(_stored_at_ns, _number).limit(size)
+        last = (since_ns, 0)
+        while rows := await self.read(query.where(tuple_(_stored_at_ns, _number) > tuple_(*last))):
+            yield [_record(row) for row in rows]
+            last = rows[-1]["stored_at_ns"], rows[-1]["number"]
 
     async def devices(
         self, *, site: str | None = None, after: tuple[str, str] = ("", ""), limit: int = 100
@@ -218,7 +269,7 @@ class Store:
 
     async def forget(self, before_ns: int, limit: int = 5000) -> int:
         """Delete up to `limit` of the oldest results stored before `before_ns`, and their labels; how many."""
-        oldest = select(*_key).where(tables.results.c.stored_at_ns < before_ns).order_by(*_order).limit(limit)
+        oldest = select(*_key).where(_stored_at_ns < before_ns).order_by(_stored_at_ns).limit(limit)
         keys = [tuple(row.values()) for row in await self.read(oldest)]
         for first in range(0, len(keys), 500):
             some = keys[first : first + 500]
@@ -310,11 +361,19 @@ def _status(stored: Any) -> Status | None:
         return None
 
 
-def _cursor(text: str) -> tuple[int, str, str, int]:
-    """Place after which to go on; a bare time stands before everything that was stored then."""
+def _results(**wanted: str | None) -> Select[Any]:
+    """Results whose columns have the wanted values; None wants none."""
+    query = select(tables.results)
+    for name, value in wanted.items():
+        if value is not None:
+            query = query.where(tables.results.c[name] == value)
+    return query
+
+
+def _cursor(text: str) -> tuple[int, int | None]:
+    """Time in a cursor, and the number if it has one: time, time and number, or an earlier release's time and key."""
     parts = text.split(".")
-    at_ns = int(parts[0])
-    if not 0 <= at_ns <= MAX_INTEGER or len(parts) not in (1, 4):
+    at_ns, last = int(parts[0]), int(parts[-1])
+    if len(parts) not in (1, 2, 4) or not 0 <= at_ns <= MAX_INTEGER or not 0 <= last <= MAX_INTEGER:
         raise ValueError(f"cursor {text!r} is not a time in nanoseconds, nor what an answer gave as `next`")
-    device, boot, sequence = parts[1:] if len(parts) == 4 else ("", "", "-1")
-    return at_ns, device, boot, int(sequence)
+    return at_ns, last if len(parts) == 2 else None

@@ -21,9 +21,12 @@ metadata = MetaData()
 results = Table(
     "results",
     metadata,
-    Column("device", String(64), primary_key=True),
-    Column("boot", String(32), primary_key=True),
-    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    # In the order of commits, and never given twice: on SQLite by AUTOINCREMENT and its one writer at a time, on
+    # PostgreSQL by a sequence and the trigger of migration 0005. Who inserts leaves it out.
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("device", String(64), nullable=False),
+    Column("boot", String(32), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
     Column("site", String(64), nullable=False),
     Column("model", String(32), nullable=False),
     Column("class_index", Integer, nullable=False),
@@ -35,7 +38,9 @@ results = Table(
     Column("stored_at_ns", BigInteger, nullable=False),
     # CRC-32 of the activation's message: another message under the same name is a replay, not a repeat.
     Column("checksum", BigInteger, nullable=False, server_default="0"),
-    Index("results_in_order", "stored_at_ns", "device", "boot", "sequence"),
+    UniqueConstraint("device", "boot", "sequence", name="result_of_frame"),
+    Index("results_by_time", "stored_at_ns"),
+    sqlite_autoincrement=True,
 )
 labels = Table(
     "labels",

@@ -55,7 +55,7 @@ async def test_a_failing_store_is_503(cloud, monkeypatch):
     async def fail(**query):
         raise StoreError("the disk is gone")
 
-    monkeypatch.setattr(cloud.parts.store, "results", fail)
+    monkeypatch.setattr(cloud.parts.store, "page", fail)
     assert (await cloud.http.get("/v1/results")).status_code == 503
 
 
@@ -144,7 +144,7 @@ async def test_a_slow_reader_misses_events_and_is_told(cloud):
     stream = cloud.parts.feed.stream(anybody)
     await anext(stream)
     await cloud.send(cloud.activation())
-    records = await cloud.parts.store.results()
+    records = (await cloud.parts.store.page()).results
     cloud.parts.feed.publish(records * (QUEUE_SIZE + 6), {})
     for _ in range(QUEUE_SIZE):
         assert (await anext(stream)).startswith(b"event: result")

@@ -26,7 +26,7 @@ async def test_an_activation_is_committed_answered_and_then_acknowledged(cloud):
     assert sum(result.scores) == pytest.approx(1, abs=1e-6)
     assert result.streams == {"attacked": 2, "recovered": 2, "fused": 2}
     assert cloud.transport.steps == ["reply", "acknowledge"]
-    stored = (await cloud.parts.store.results())[0]
+    stored = (await cloud.parts.store.page()).results[0]
     assert stored.result == result
     assert (stored.site, stored.device) == ("ward", "pi-1")
     assert cloud.metric("splitward_messages_total", outcome="stored") == 1
@@ -63,7 +63,7 @@ async def test_another_frame_under_the_same_name_is_refused_as_a_replay(cloud):
     first, second = (reply for _, reply in cloud.transport.published)
     assert isinstance(first, Result)
     assert second.reason == "replay"
-    assert [one.result for one in await cloud.parts.store.results()] == [first]
+    assert [one.result for one in (await cloud.parts.store.page()).results] == [first]
 
 
 async def test_another_frame_under_the_same_name_in_one_batch_is_refused_too(cloud):
@@ -109,7 +109,7 @@ async def test_frames_share_a_batch_and_a_frame_twice_in_it_counts_once(cloud):
     cloud.engine.gate.set()
     await asyncio.wait_for(asyncio.gather(*(d.done.wait() for d in [first, *rest])), 5)
     assert sum(cloud.engine.batches) == 4
-    assert len(await cloud.parts.store.results()) == 4
+    assert len((await cloud.parts.store.page()).results) == 4
     assert len(cloud.transport.published) == 5
 
 
@@ -217,7 +217,7 @@ async def test_scores_that_are_no_numbers_are_refused(cloud, monkeypatch):
     monkeypatch.setattr(cloud.engine, "infer", without_numbers)
     await cloud.send(cloud.activation())
     assert cloud.transport.published[0][1].reason == "not_finite_scores"
-    assert await cloud.parts.store.results() == []
+    assert (await cloud.parts.store.page()).results == []
 
 
 async def test_without_a_connection_the_result_is_kept_and_the_message_comes_again(cloud):
