@@ -104,6 +104,8 @@ def check_request(
     if message.phase is Phase.STEP:
         _check_step(message, plan, member)
     elif message.phase is Phase.BACK:
+        if awaiting is None and not member.live:
+            return  # the round has gone on without it in mid-step: the answer is SUPERSEDED
         shape = message.values.shape
         if awaiting is None or len(shape) != 3 or shape[1] != 3:
             raise TrainingError("a gradient of features without the step that it answers.")
