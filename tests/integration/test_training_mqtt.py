@@ -111,10 +111,66 @@ def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -
     serving.join(JOIN_S)
 
 
+def deliver(server: Server, clients: dict[str, Client], name: str) -> None:
+    """One exchange of a client with the cloud, without a broker."""
+    for to, reply in server.handle(name, clients[name].request or b""):
+        clients[to].take(reply)
+
+
+def test_a_cloud_that_was_started_again_leaves_a_silent_site_out(
+    tmp_path: Path, mosquitto: SimulatedBroker
+) -> None:
+    """Whoever waits for the silent one has not been heard since the start either, so where it is is not known."""
+    dataset = phantom.load("mass", 28, seed=0, count=240)
+    parts = partition(dataset.train, 2, least=16)
+    settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
+    plan = Plan(settings, "splitfed-v2", 2, rounds=2, silence_s=0.3)
+    server = Server(plan, TRAINING, tmp_path)
+    clients = {
+        f"site-{n}": Client(f"site-{n}", TRAINING, part, settings.split, guard=None)
+        for n, part in enumerate(parts)
+    }
+    for name in clients:
+        deliver(server, clients, name)  # both have joined, and one goes through its first round
+    while server.session.members["site-0"].request is None:
+        deliver(server, clients, "site-0")
+    server.close()
+    server = Server(plan, TRAINING, tmp_path)
+    assert server.awaited() == {"site-1"}
+    run_server({TRAINING: server}, Broker(mosquitto.host, mosquitto.port), lambda: not server.session.drops)
+    assert server.session.round == 1
+    server.close()
+
+
+def test_a_site_that_lost_the_last_answer_is_told_when_the_coordinator_is_started_again(
+    tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 6.0)
+    dataset = phantom.load("mass", 28, seed=0, count=60)
+    settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
+    plan, broker = Plan(settings), Broker(mosquitto.host, mosquitto.port)
+    asking: list[threading.Thread] = []
+
+    def go_through_it(training: str) -> None:
+        client = Client("site-0", bytes.fromhex(training), dataset.train, settings.split, guard=None)
+        server = Server(plan, client.training, tmp_path / "journal")
+        while not server.finished:
+            ((_, answer),) = server.handle("site-0", client.request or b"")
+            if not server.finished:
+                client.take(answer)
+        server.close()
+        asking.append(threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True))
+        asking[0].start()
+
+    coordinate(plan, tmp_path, broker, go_through_it)
+    asking[0].join(2.0)
+    assert not asking[0].is_alive()
+
+
 def test_a_training_that_diverges_ends_and_every_site_is_told(
     tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitward.training.remote.site.REFUSING_S", 3.0)
+    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 3.0)
     steps = []
 
     def take(trainer: ServerTrainer, sent: Exchange) -> Taken:

@@ -24,7 +24,7 @@ from paho.mqtt.properties import Properties
 
 from splitward.errors import MessageError, TrainingError, WireError
 from splitward.training.remote.client import Client
-from splitward.training.remote.server import Server
+from splitward.training.remote.server import Replies, Server
 from splitward.wire import topics
 from splitward.wire.training import decode_training
 
@@ -94,8 +94,7 @@ def run_server(
                     silent_s = time.monotonic() - heard_s.setdefault((training, device), time.monotonic())
                     if silent_s >= server.plan.silence_s:
                         log.warning("%s is silent: the round goes on without it", device)
-                        for name, reply in server.drop(device):
-                            link.publish(topics.step(sites[name], name), reply)
+                        _send(server.drop(device), link, sites)
         link.settle()
     finally:
         link.close()
@@ -118,8 +117,14 @@ def _answer(
         log.warning("%s asks for the training %s, which is not here", device, training.hex())
         return
     heard_s[training, device], sites[device] = time.monotonic(), site
-    for name, reply in servers[training].handle(device, bytes(message.payload)):
-        link.publish(topics.step(sites.get(name, site), name), reply)
+    _send(servers[training].handle(device, bytes(message.payload)), link, sites)
+
+
+def _send(replies: Replies, link: _Link, sites: Mapping[str, str]) -> None:
+    """Publish replies to clients whose sites are known; one that was not heard since the start asks again."""
+    for name, reply in replies:
+        if name in sites:
+            link.publish(topics.step(sites[name], name), reply)
 
 
 class _Link:

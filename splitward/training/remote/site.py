@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from splitward.training.remote.server import Server
 from splitward.training.run import Run, create_run, write_atomically
 from splitward.training.settings import RunSettings
 
-REFUSING_S = 15.0
-"""How long a training that has failed is answered: each site asks again, and is told why."""
+ANSWERING_S = 15.0
+"""How long a training that is over is answered: who lost the last answer, or is to be told of a failure, asks again."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def whole_network(client: Client) -> SplitNetwork:
 def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], object]) -> None:
     """Be the cloud's side of one training until every site has what it came for; called again, go on.
 
+    A training that is over is answered a while longer, for a site that lost the last answer.
+
     Parameters
     ----------
     folder : Path
@@ -135,13 +138,14 @@ def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], o
 
 
 def _until_over(server: Server) -> Callable[[], bool]:
-    """Whether to answer on: until every site has what it came for, or long enough after a failure."""
-    failed_s: list[float] = []
+    """Whether to answer on: until a while after every site has what it came for, or after a failure."""
+    over_s = math.inf
 
     def goes_on() -> bool:
-        if not server.failure:
-            return not server.finished
-        failed_s.append(time.monotonic())
-        return time.monotonic() - failed_s[0] < REFUSING_S
+        nonlocal over_s
+        if not server.failure and not server.finished:
+            return True
+        over_s = min(over_s, time.monotonic())
+        return time.monotonic() - over_s < ANSWERING_S
 
     return goes_on
