@@ -39,13 +39,12 @@ from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
 from splitward.training.remote.server import NO_LABELS, reproducible_kernels
-from splitward.training.remote.session import Join
+from splitward.training.remote.session import EVALUATION_BATCH, Join
 from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 
 SNAPSHOT_EVERY = 100
 """Answers between snapshots: a kill costs at most the time to take so many again."""
-EVALUATION_BATCH = 256
 NO_PLAN = bytes(16)
 NOTHING = np.zeros(1, np.int8)
 Course = Generator[dict[str, Any], TrainingMessage, None]

@@ -42,7 +42,8 @@ from splitward.training.remote.state import TURN, average, from_tensor, restore,
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
 
 SNAPSHOT_EVERY = 100
-"""Messages between snapshots: a kill costs at most the time to take so many again."""
+"""Messages between snapshots: a kill costs at most the time to take so many again, and those of a step that is half
+done."""
 NO_LABELS = np.empty(0, np.uint16)
 Replies = list[tuple[str, bytes]]
 
@@ -130,6 +131,7 @@ class Server:
             self._note(payload)
             replies = self._take(message, payload)
             self._snapshot()
+            self._take_queue(replies)
         return replies
 
     def drop(self, device: str) -> Replies:
@@ -139,6 +141,7 @@ class Server:
             self._note(record)
             replies = self._drop(device)
             self._snapshot()
+            self._take_queue(replies)
         return replies
 
     def close(self) -> None:
@@ -175,7 +178,18 @@ class Server:
         return replies
 
     def _answer(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
-        """Answer a request, or leave it waiting."""
+        """Answer a request, or leave it waiting; an error of the arithmetic ends this training and no other."""
+        try:
+            with torch.random.fork_rng(), reproducible_kernels():
+                self._answer_phase(message, member, replies)
+        except (TrainingError, MessageError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # torch does not type it
+            self.session.failure = (
+                f"{error}: the training diverged; make a new one with a smaller learning rate."
+            )
+            member.request, member.reply = None, self._refusal(message, self.session.failure)
+            replies.append((member.name, member.reply))
+
+    def _answer_phase(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
         phase = message.phase
         if phase in (Phase.STEP, Phase.BACK, Phase.HALF, Phase.FETCH) and not self._current(message, member):
             member.parts = []
@@ -184,7 +198,7 @@ class Server:
         elif phase is Phase.STEP:
             self._answer_step(message, member, replies)
         elif phase is Phase.BACK:
-            self._guarded(lambda: self._answer_back(message, member, replies), message, member, replies)
+            self._answer_back(message, member, replies)
         elif phase is Phase.HALF:
             self._keep_half(message, member)
             self._reply(member, message, np.zeros(1, np.int8), replies)
@@ -213,9 +227,6 @@ class Server:
         if self.plan.labels == "client" and self.session.busy:
             self.session.queue.append(member.name)  # one half holds one step at a time
             return
-        self._guarded(lambda: self._step(message, member, replies), message, member, replies)
-
-    def _step(self, message: TrainingMessage, member: Member, replies: Replies) -> None:
         real = Stored.of(message).real()
         labels = torch.from_numpy(message.labels.astype(np.int64))
         at = Schedule(self.plan.run, member.frames).at(message.step)
@@ -248,17 +259,6 @@ class Server:
         sums.right += taken.right
         sums.seen += frames
 
-    def _guarded(self, work: Any, message: TrainingMessage, member: Member, replies: Replies) -> None:
-        try:
-            with torch.random.fork_rng(), reproducible_kernels():
-                work()
-        except (TrainingError, MessageError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # torch does not type it
-            self.session.failure = (
-                f"{error}: the training diverged; make a new one with a smaller learning rate."
-            )
-            member.request, member.reply = None, self._refusal(message, self.session.failure)
-            replies.append((member.name, member.reply))
-
     def _lower(self, gradient: Tensor, member: Member) -> Stored:
         """The gradient as it goes down: clipped, noised, and in the plan's precision."""
         plan = self.plan
@@ -276,10 +276,9 @@ class Server:
     def _evaluate(self, message: TrainingMessage, member: Member) -> np.ndarray[Any, Any]:
         """Class of each stream and of the decision: int8 [B, 4, 2], low and high byte."""
         half = self._trainer(member.name).half
-        with reproducible_kernels():
-            half.eval()
-            outputs = half(Stored.of(message).real())
-            half.train()
+        half.eval()
+        outputs = half(Stored.of(message).real())
+        half.train()
         chosen = torch.stack([stream.argmax(1) for stream in outputs], dim=1).numpy().astype("<u2")
         return chosen.view(np.int8).reshape(len(chosen), 4, 2)
 
@@ -314,10 +313,6 @@ class Server:
             and all(session.members[name].finished for name in cohort)
         ):
             self._end_round()
-        for name in list(session.queue):
-            if not session.busy:
-                session.queue.remove(name)
-                self._again(session.members[name], replies)
         for member in session.members.values():
             if member.request is None:
                 continue
@@ -329,10 +324,12 @@ class Server:
                 if session.round >= self.plan.turns or (member.name in self._cohort() and not member.finished):
                     self._reply(member, message, _vector(self._round()), replies)
 
-    def _again(self, member: Member, replies: Replies) -> None:
-        assert member.request is not None  # noqa: S101  # it waits in the queue
-        message = decode_training(member.request)
-        self._answer(message, member, replies)
+    def _take_queue(self, replies: Replies) -> None:
+        """Take the steps that waited for another's; after the snapshot, which is due when none is half done."""
+        while self.session.queue and not self.session.busy:
+            member = self.session.members[self.session.queue.pop(0)]
+            assert member.request is not None  # noqa: S101  # it waits in the queue
+            self._answer(decode_training(member.request), member, replies)
 
     def _end_round(self) -> None:
         session = self.session
@@ -355,7 +352,6 @@ class Server:
         session.drops += 1
         if session.busy == device:
             session.busy = ""
-        session.queue = [name for name in session.queue if name != device]
         self._go_on(replies)
         return replies
 
@@ -453,11 +449,13 @@ class Server:
             for key, tensor in tensors.items():
                 if key.startswith("feedback/"):
                     self._feedback.setdefault(key.removeprefix("feedback/"), Feedback()).left = tensor
+        self._take_queue([])
         for record in journal.messages():
             if record.startswith(b"drop "):
                 self._drop(record[5:].decode())
             else:
                 self._take(decode_training(record), record)
+            self._take_queue([])
 
 
 @contextmanager

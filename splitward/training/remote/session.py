@@ -11,6 +11,8 @@ from splitward.training.remote.halves import Schedule
 from splitward.training.remote.plan import Plan
 from splitward.wire.training import Phase, TrainingMessage
 
+EVALUATION_BATCH = 256
+"""Most frames that are evaluated at once."""
 MAX_HALF_PARTS = 256
 MAX_VALUE = 1e6
 """Nothing honest comes near it. Under values near the end of float32 the loss is infinite, which ends a training for
@@ -115,8 +117,11 @@ def check_request(
         if not 1 <= message.epoch <= MAX_HALF_PARTS or message.step != len(member.parts):
             raise TrainingError(f"part {message.step} of {message.epoch} of a client half is out of turn.")
     elif message.phase is Phase.EVALUATE:
-        if message.values.shape[1:] != tuple(plan.run.split.network.release_shape) or plan.labels != "cloud":
+        shape = message.values.shape
+        if shape[1:] != tuple(plan.run.split.network.release_shape) or plan.labels != "cloud":
             raise TrainingError("only released tensors are evaluated, where the cloud has the last layers.")
+        if shape[0] > EVALUATION_BATCH:
+            raise TrainingError(f"{shape[0]} frames: at most {EVALUATION_BATCH} are evaluated at once.")
     elif message.phase not in (Phase.ROUND, Phase.FETCH, Phase.WEIGHTS, Phase.LEAVE):
         raise TrainingError(f"{message.phase.name} is no request.")
 
@@ -146,7 +151,7 @@ def _check_values(message: TrainingMessage) -> None:
 def _check_step(message: TrainingMessage, plan: Plan, member: Member) -> None:
     network, count, shape = plan.run.split.network, len(message.labels), message.values.shape
     labelled = shape[0] if plan.labels == "cloud" else 0
-    if shape[1:] != tuple(network.release_shape) or count != labelled or shape[0] < 2:
+    if shape[1:] != tuple(network.release_shape) or count != labelled or not 2 <= shape[0] <= plan.run.batch:
         raise TrainingError(f"released tensors {shape} with {count} labels do not fit the plan.")
     if count and int(message.labels.max()) >= network.classes:
         raise TrainingError(f"label {message.labels.max()}: there are {network.classes} classes.")

@@ -137,6 +137,8 @@ def test_another_trainings_message_and_a_lost_folder_are_refused(dataset, tmp_pa
         ({"labels": message.labels[:0]}, "do not fit the plan"),
         ({"labels": np.full_like(message.labels, 99)}, "label 99"),
         ({"values": np.full_like(message.values, -3e38)}, "values up to 3e+38"),
+        ({"values": np.repeat(message.values, 2, 0), "labels": np.repeat(message.labels, 2)}, "do not fit"),
+        ({"phase": Phase.EVALUATE, "values": np.repeat(message.values, 90, 0)}, "at most 256"),
     ):
         ((_, refusal),) = server.handle(client.device, encode_training(replace(message, **wrong)))
         assert decode_training(refusal).phase is Phase.REFUSED
@@ -402,6 +404,77 @@ def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites, arra
     assert server.session.members[silent].superseded == 1
     first, *others = [state_of(client._active, optimisers=False) for client in clients.values()]
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_a_site_that_was_left_out_while_its_step_waited_is_told(sites):
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "none"), batch=8)
+    server = Server(Plan(settings, "splitfed-v2", 2, labels="client"), TRAINING)
+    clients = {
+        n: open_client(dataset, settings, train=part, name=n) for n, part in zip("ab", parts, strict=False)
+    }
+
+    def deliver(name: str) -> list[Phase]:
+        replies = server.handle(name, clients[name].request or b"")
+        for to, reply in replies:
+            clients[to].take(reply)
+        return [decode_training(reply).phase for _, reply in replies]
+
+    joining = [deliver(name) for name in "abab"]
+    assert joining == [[], [Phase.JOIN, Phase.JOIN], [Phase.ROUND], [Phase.ROUND]]
+    assert [deliver(name) for name in "ab"] == [[Phase.STEP], []]
+    assert server.drop("b") == []
+    assert deliver("a") == [Phase.BACK, Phase.SUPERSEDED]
+    assert deliver("b") == [Phase.ROUND]
+
+
+def test_a_snapshot_is_never_far_behind(sites, tmp_path):
+    """Also where one step follows the other without a pause: each is half done until its client's second message."""
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "none"), batch=8)
+    server = Server(Plan(settings, "splitfed-v2", 2, labels="client"), TRAINING, tmp_path, every=10)
+    clients = [open_client(dataset, settings, train=part, name=f"site-{n}") for n, part in enumerate(parts[:2])]
+    journal, handle, behind = server._journal, server.handle, []
+    assert journal is not None
+
+    def handle_and_look(device: str, payload: bytes) -> list[tuple[str, bytes]]:
+        replies = handle(device, payload)
+        behind.append(journal.since_snapshot)
+        return replies
+
+    server.handle = handle_and_look  # type: ignore[method-assign]
+    run_together(server, clients)
+    assert len(behind) > 40
+    assert max(behind) <= 10 + len(clients)
+
+
+def test_a_training_is_the_same_whatever_is_killed_while_steps_wait_for_each_other(sites, tmp_path):
+    dataset, parts = sites
+    settings = replace(settings_for(dataset, "none"), batch=8, epochs=1)
+    plan, ended = Plan(settings, "splitfed-v2", 2, labels="client"), []
+    for kill in (False, True):
+        open_server = partial(Server, plan, TRAINING, tmp_path / str(kill), every=3)
+        server, waited = open_server(), 0
+        clients = {
+            f"site-{n}": open_client(dataset, settings, train=part, name=f"site-{n}")
+            for n, part in enumerate(parts[:2])
+        }
+        pending = deque(clients)
+        while pending:
+            name = pending.popleft()
+            for to, reply in server.handle(name, clients[name].request or b""):
+                clients[to].take(reply)
+                if clients[to].request is not None:
+                    pending.append(to)
+            if kill:
+                waited += bool(server.session.queue)
+                server.close()
+                server = open_server()
+        server.close()
+        assert (waited > 5) == kill
+        ended.append([weights_of(client) for client in clients.values()])
+    plain, killed = ended
+    assert all(differing(one, other) == [] for one, other in zip(plain, killed, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
