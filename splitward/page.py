@@ -7,6 +7,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from splitward.disk import write_whole
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 :root { --strong: #2a6fb0; --good: #2c7a3f; --bad: #c0362c; }
@@ -71,11 +73,9 @@ def picture(png: bytes, alt: str, kind: str = "") -> str:
 
 def write_page(path: Path, title: str, parts: Sequence[str], style: str = "") -> None:
     """Write the page, as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
+    page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         '<meta name="viewport" content="width=device-width">'
-        f"<style>{STYLE}{style}</style></head><body><main>{''.join(parts)}</main></body></html>\n",
-        encoding="utf-8",
+        f"<style>{STYLE}{style}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
-    partial.replace(path)
+    write_whole(path, page.encode(), 0o644)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from splitward.disk import write_whole
 from splitward.errors import TrainingError
 from splitward.method.split import SplitNetwork
 from splitward.training.settings import RunSettings
@@ -105,10 +106,8 @@ def open_run(folder: Path) -> Run:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replace `path` as a whole or not at all; others may read it."""
+    write_whole(path, text.encode(), 0o644)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
