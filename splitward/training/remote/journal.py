@@ -3,6 +3,7 @@
 ```
 FOLDER/snapshot-N.safetensors   weights, optimisers, random state after N steps
 FOLDER/log-N                    each message since: u32 length, u32 CRC-32, bytes
+FOLDER/lock                     held by the one process that writes here
 ```
 
 A message is on the disk before it has any effect. A step depends on nothing but the state and its message, so to do the
@@ -11,6 +12,7 @@ messages since the snapshot again gives the very state that was lost, and a kill
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import zlib
@@ -42,11 +44,15 @@ class Journal:
     Raises
     ------
     TrainingError
-        The snapshot is damaged.
+        Another process writes here, or the snapshot is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder / "lock")
+        if lock is None:
+            raise TrainingError(f"{folder}: another process takes part in this training. End that one first.")
+        self._lock = lock
         self._folder = folder
         self._number = max((_number(path) for path in folder.glob("snapshot-*.safetensors")), default=-1)
         self.since_snapshot = 0
@@ -96,8 +102,9 @@ class Journal:
         self._forget_older()
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Let go of the log and the folder."""
         os.close(self._log)
+        os.close(self._lock)
 
     def _open_log(self) -> int:
         log = os.open(self._log_path(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -119,6 +126,17 @@ class Journal:
 
     def _log_path(self) -> Path:
         return self._folder / f"log-{max(self._number, 0)}"
+
+
+def take_lock(path: Path) -> int | None:
+    """Descriptor that keeps the lock until it is closed, as a kill does; None where another has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _number(path: Path) -> int:

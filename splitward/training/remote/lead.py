@@ -9,7 +9,6 @@ A training that is over is led on: whoever lost the last answer asks for it agai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ import torch
 from splitward.errors import SplitwardError, TrainingError
 from splitward.training.remote.carrier import TICK_S, Broker, run_server
 from splitward.training.remote.halves import Schedule
+from splitward.training.remote.journal import take_lock
 from splitward.training.remote.plan import Arrangement, Labels, Plan, Precision
 from splitward.training.remote.server import Server
 from splitward.training.remote.session import Member
@@ -70,10 +70,7 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             split = frame_settings(self.channels, self.side, self.classes, self.defence, seal=seal)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        if self.arrangement is None:
-            arrangement: Arrangement = "single" if self.sites == 1 else "splitfed-v2"
-        else:
-            arrangement = self.arrangement
+        arrangement = self.arrangement or ("single" if self.sites == 1 else "splitfed-v2")
         run = RunSettings(
             *("", None, None, split, self.epochs, self.batch, self.learning_rate),
             shift=self.shift,
@@ -170,22 +167,13 @@ def _site(member: Member, plan: Plan) -> dict[str, Any]:
 
 
 def _take_folder(folder: Path) -> int:
-    """Wait until nobody else leads here: a journal has one writer."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    """Wait until nobody else leads here: the process before this one may still be at its end."""
     due_s = time.monotonic() + LOCK_S
-    while not _lock(descriptor):
+    while (descriptor := take_lock(folder / "lock")) is None:
         if time.monotonic() > due_s:
             raise TrainingError(f"{folder}: another process leads these trainings.")
         time.sleep(TICK_S)
     return descriptor
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def main(arguments: list[str]) -> int:

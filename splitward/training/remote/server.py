@@ -64,7 +64,7 @@ class Server:
     Raises
     ------
     TrainingError
-        The journal is damaged.
+        The journal is damaged, or another process's.
     """
 
     def __init__(
@@ -86,7 +86,11 @@ class Server:
             self._first = ServerTrainer(plan.run, tails=plan.labels == "cloud", pooled=plan.pooled)
         self._journal = None if folder is None else Journal(folder)
         if self._journal is not None:
-            self._recover(self._journal)
+            try:
+                self._recover(self._journal)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def finished(self) -> bool:
