@@ -249,7 +249,7 @@ def _train(training: Training, sites: int, number: int, folder: Path, port: int)
     settings = _plan_of(training, sites).run
     member = Membership("hospitals", f"site-{number}", identifier, broker=Place(port=port))
     own = replace(dataset, train=parts[number])
-    train_at_site(own, settings, settings.split, folder / f"run-{number}", member)
+    train_at_site(own, settings, settings.split, folder / f"run-{number}", member, print)
 
 
 def _account(

@@ -250,7 +250,12 @@ def _train(arguments: argparse.Namespace) -> int:
             guarded=not arguments.no_guard,
             broker=_broker_of(arguments),
         )
-        run = train_at_site(dataset, settings, settings.split, arguments.out, who)
+
+        def tell(fingerprint: str) -> None:
+            sys.stdout.write(f"this site's key: the others may check it with --peer {fingerprint}\n")
+            sys.stdout.flush()
+
+        run = train_at_site(dataset, settings, settings.split, arguments.out, who, tell)
     test = run.read_metrics()[-1]["test"]
     sys.stdout.write(
         f"{arguments.out}: test accuracy " + ", ".join(f"{k} {v:.4f}" for k, v in test.items()) + "\n"

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from splitward.errors import TrainingError
+from splitward.training.remote.envelope import check_key
 from splitward.training.remote.session import MAX_HALF_PARTS
 from splitward.wire.training import Phase, TrainingMessage
 
@@ -102,11 +103,12 @@ def read_tensors(content: bytes, what: str) -> dict[str, Tensor]:
 def _check_agreement(answer: TrainingMessage) -> None:
     told = read(answer, Agreement)
     try:
-        lengths = {len(base64.b64decode(key, validate=True)) for key in told.keys.values()}
+        for key in told.keys.values():
+            check_key(base64.b64decode(key, validate=True))
     except ValueError as error:
         raise _odd(Phase.JOIN, f"a key: {error}") from error
-    if lengths != {32} or told.keys.keys() != told.frames.keys():
-        raise _odd(Phase.JOIN, "not a key of 32 bytes and a number of frames for each client")
+    if told.keys.keys() != told.frames.keys():
+        raise _odd(Phase.JOIN, "not a key and a number of frames for each client")
 
 
 def _odd(phase: Phase, what: str) -> TrainingError:

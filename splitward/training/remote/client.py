@@ -104,7 +104,7 @@ class Client:
     Raises
     ------
     TrainingError
-        The journal is damaged.
+        The journal is damaged, or another process's.
     HijackError
         This training was stopped by the guard.
     """
@@ -127,7 +127,6 @@ class Client:
         self._split, self._validation, self._agreed = train, validation, split
         self._folder, self._peers, self._repeatable, self._every = folder, peers, repeatable, every
         self._guard = None if guard is None else GradientGuard(guard)
-        self._key = _own_key(folder)
         self.place = Place(secrets.randbits(63), keys={}, frames={}, metrics=[])
         self.plan: Plan | None = None
         self.trainer: ClientTrainer | None = None
@@ -135,19 +134,16 @@ class Client:
         self._feedback = Feedback()
         self._random = torch.get_rng_state()
         self._meanwhile_due = self._replaying = False
-        self._journal = None if folder is None else Journal(folder)
         self._check_evidence()
-        if self._journal is not None:
-            self._restore(self._journal)
+        self._journal = None if folder is None else Journal(folder)
+        self._key = _own_key(folder)
         self._running = self._course()
         self._request: bytes | None = None
-        self._replaying = True  # a snapshot of what is behind the journal would throw the journal away
-        with self._own_random():
-            self._ask(None)
-        if self._journal is not None:
-            for answer in self._journal.messages():
-                self._apply(answer, decode_training(answer))
-        self._replaying = False
+        try:
+            self._come_back()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def request(self) -> bytes | None:
@@ -158,11 +154,6 @@ class Client:
     def fingerprint(self) -> str:
         """Of this client's key, for the others' `peers`."""
         return fingerprint(self._key.public_key().public_bytes_raw())
-
-    @staticmethod
-    def own_fingerprint(folder: Path) -> str:
-        """Of the key in `folder`, which is made where there is none."""
-        return fingerprint(_own_key(folder).public_key().public_bytes_raw())
 
     def meanwhile(self) -> None:
         """Do what needs no answer; to be called while one is on its way."""
@@ -410,14 +401,17 @@ class Client:
             raise TrainingError(
                 "the cloud tells the others another key than this client's own: trust it no more."
             )
+        self._check_peers()
+        self.place.plan = told.plan
+        self._begin(plan)
+
+    def _check_peers(self) -> None:
         prints = {name: fingerprint(base64.b64decode(key)) for name, key in self.place.keys.items()}
         strangers = [
             name for name, one in prints.items() if name != self.device and one not in (self._peers or {one})
         ]
         if strangers:
             raise TrainingError(f"the keys of {', '.join(strangers)} are not among the --peer fingerprints.")
-        self.place.plan = told.plan
-        self._begin(plan)
 
     def _begin(self, plan: Plan) -> None:
         with reproducible(plan.run.seed):
@@ -514,6 +508,18 @@ class Client:
             tensors |= {f"guard/{name}": torch.from_numpy(kept) for name, kept in self._guard.state().items()}
         journal.save(self.place.sequence + 1, tensors)
 
+    def _come_back(self) -> None:
+        """Go to the request that was under way, or the first."""
+        if self._journal is not None:
+            self._restore(self._journal)
+        self._replaying = True  # a snapshot of what is behind the journal would throw the journal away
+        with self._own_random():
+            self._ask(None)
+        if self._journal is not None:
+            for answer in self._journal.messages():
+                self._apply(answer, decode_training(answer))
+        self._replaying = False
+
     def _restore(self, journal: Journal) -> None:
         tensors = journal.snapshot()
         if tensors is None:
@@ -523,6 +529,7 @@ class Client:
         self.place = from_tensor(tensors["place"], Place)
         if self.place.plan is None:
             return
+        self._check_peers()  # which may have been given since
         place = self.place
         self._begin(Plan.from_dict(place.plan or {}))
         restore(self._active, tensors)
@@ -554,9 +561,7 @@ class Client:
         }
         last = {"gradient": gradient.numpy(), "labels": labels.numpy()}
         np.savez(self._folder / "evidence.npz", allow_pickle=False, **last, **guard.state())
-        partial = self._folder / "evidence.partial"
-        partial.write_text(json.dumps(evidence, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._folder / "evidence.json")
+        write_whole(self._folder / "evidence.json", json.dumps(evidence, indent=2).encode() + b"\n")
 
 
 def _own_key(folder: Path | None) -> X25519PrivateKey:

@@ -40,6 +40,11 @@ def fingerprint(public: bytes) -> str:
     return hashlib.sha256(public).hexdigest()[:32]
 
 
+def check_key(public: bytes) -> None:
+    """Refuse with `ValueError` what is no X25519 key, or one with which every exchange gives the same."""
+    X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+
+
 def seal(content: bytes, sender: X25519PrivateKey, members: Mapping[str, bytes], about: bytes) -> bytes:
     """Envelope that each of `members` (name to public key, 32 bytes) can open and nobody else.
 

@@ -7,6 +7,7 @@ import base64
 import msgspec
 
 from splitward.errors import TrainingError
+from splitward.training.remote.envelope import check_key
 from splitward.training.remote.halves import Schedule
 from splitward.training.remote.plan import Plan
 from splitward.wire.training import Phase, TrainingMessage
@@ -135,11 +136,11 @@ def _check_join(message: TrainingMessage, plan: Plan, session: Session) -> None:
         raise TrainingError(f"this training has its {plan.clients} clients.")
     try:
         join = msgspec.json.decode(message.values.tobytes(), type=Join)
-        key = base64.b64decode(join.key, validate=True)
+        check_key(base64.b64decode(join.key, validate=True))
     except (msgspec.DecodeError, ValueError) as error:
         raise TrainingError(f"this is no request to join: {error}.") from error
-    if len(key) != 32 or not 2 <= join.frames <= 1 << 31:
-        raise TrainingError("a client joins with a key of 32 bytes and at least 2 frames.")
+    if not 2 <= join.frames <= 1 << 31:
+        raise TrainingError("a client joins with at least 2 frames.")
 
 
 def _check_values(message: TrainingMessage) -> None:

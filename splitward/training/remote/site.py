@@ -42,7 +42,12 @@ class Membership:
 
 
 def train_at_site(
-    dataset: Dataset, own: RunSettings, split: SplitSettings, folder: Path, member: Membership
+    dataset: Dataset,
+    own: RunSettings,
+    split: SplitSettings,
+    folder: Path,
+    member: Membership,
+    told: Callable[[str], object],
 ) -> Run:
     """Take part until the training is over; the run folder is that of a training on one machine.
 
@@ -54,20 +59,22 @@ def train_at_site(
         Network and defence that this site agrees to.
     folder : Path
         The run; the same call again goes on with it.
+    told : callable
+        Takes the fingerprint of this site's key, by which the other sites can check it.
 
     Raises
     ------
     TrainingError, HijackError
         As `Client`.
     """
-    remote = folder / "remote"
     client = Client(
         *(member.device, member.training, dataset.train, split),
         validation=dataset.validation,
-        folder=remote,
+        folder=folder / "remote",
         guard=GuardSettings() if member.guarded else None,
-        peers=member.peers | {Client.own_fingerprint(remote)} if member.peers else None,
+        peers=member.peers or None,
     )
+    told(client.fingerprint)
     try:
         run_client(client, member.site, member.broker)
         plan = client.plan

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
+import os
 import random
 from collections import deque
 from dataclasses import replace
@@ -253,6 +256,48 @@ def test_an_answer_that_cannot_be_is_explained_and_not_kept(dataset, labels, tmp
         return weights_of(client)
 
     assert differing(trained(tmp_path / "disturbed", WRONG), trained(tmp_path / "calm", [])) == []
+
+
+def test_a_key_that_gives_every_exchange_the_same_is_refused(dataset):
+    """A member with such a key would make every other site's hand-over fail; nor may the cloud tell it."""
+    settings = replace(settings_for(dataset, "none"), epochs=1)
+    server = Server(Plan(settings, "turn", 2), TRAINING)
+    clients = {name: open_client(dataset, settings, name=name) for name in ("site-0", "site-1")}
+    asked = decode_training(clients["site-0"].request or b"")
+    weak = base64.b64encode(bytes(32)).decode()
+    ((_, refusal),) = server.handle(
+        "site-0",
+        encode_training(replace(asked, **told_in_json(f'{{"key": "{weak}", "frames": 9}}'.encode()))),
+    )
+    assert decode_training(refusal).phase is Phase.REFUSED
+    assert server.session.members == {}
+    server.handle("site-0", clients["site-0"].request or b"")
+    for name, reply in server.handle("site-1", clients["site-1"].request or b""):
+        told = decode_training(reply)
+        agreement = json.loads(told.values.tobytes())
+        agreement["keys"]["site-1" if name == "site-0" else "site-0"] = weak
+        with pytest.raises(TrainingError, match="answer to JOIN cannot be: a key"):
+            clients[name].take(encode_training(replace(told, **told_in_json(json.dumps(agreement).encode()))))
+        assert clients[name].take(reply)
+
+
+def test_a_strangers_key_is_refused_when_the_peers_are_told_later_too(dataset, tmp_path):
+    settings = settings_for(dataset, "none")
+    server = Server(Plan(settings, "turn", 2), TRAINING)
+    clients = {
+        name: open_client(dataset, settings, tmp_path / name, name=name, every=1)
+        for name in ("site-0", "site-1")
+    }
+    while clients["site-0"].place.steps_done == 0:  # until its first snapshot
+        for name in clients:
+            for to, reply in server.handle(name, clients[name].request or b""):
+                clients[to].take(reply)
+    other = clients["site-1"].fingerprint
+    clients["site-0"].close()
+    again = partial(open_client, dataset, settings, tmp_path / "site-0")
+    with pytest.raises(TrainingError, match="keys of site-1 are not among"):
+        again(peers=frozenset({"0" * 32}))
+    again(peers=frozenset({other})).close()
 
 
 def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
@@ -608,14 +653,32 @@ def test_a_kill_within_a_snapshot_leaves_the_one_before_or_the_new_one(tmp_path,
         patch.setattr(place, kill)
         with pytest.raises(Killed):
             journal.save(2, {"weights": torch.tensor([2.0])})
+    os.close(journal._lock)  # as a kill does
     again = Journal(tmp_path)
     found = (float((again.snapshot() or {})["weights"]), list(again.messages()))
     assert found == ((2.0, []) if step == "log" else (1.0, [b"one"]))
 
 
+def test_a_journal_has_one_writer(dataset, tmp_path):
+    settings = settings_for(dataset, "none")
+    server, client = (
+        Server(Plan(settings), TRAINING, tmp_path / "server"),
+        open_client(dataset, settings, tmp_path / "client"),
+    )
+    with pytest.raises(TrainingError, match="server: another process"):
+        Server(Plan(settings), TRAINING, tmp_path / "server")
+    with pytest.raises(TrainingError, match="client: another process"):
+        open_client(dataset, settings, tmp_path / "client")
+    server.close()
+    client.close()
+    Server(Plan(settings), TRAINING, tmp_path / "server").close()
+    open_client(dataset, settings, tmp_path / "client").close()
+
+
 def test_a_damaged_snapshot_is_an_error(tmp_path):
     journal = Journal(tmp_path)
     journal.save(7, {"weights": torch.zeros(8)})
+    journal.close()
     (tmp_path / "snapshot-7.safetensors").write_bytes(b"damage")
     with pytest.raises(TrainingError, match=r"snapshot-7.*Begin this training again"):
         Journal(tmp_path).snapshot()
