@@ -181,9 +181,7 @@ def test_a_training_that_diverges_ends_and_every_site_is_told(
     dataset = phantom.load("mass", 28, seed=0, count=240)
     parts = partition(dataset.train, 2, least=16)
     split = split_settings(dataset, "none")
-    plan = Plan(
-        RunSettings("phantom", None, 28, split, epochs=9, batch=8, learning_rate=1e12), "splitfed-v2", 2
-    )
+    plan = Plan(RunSettings("phantom", None, 28, split, epochs=9, batch=8), "splitfed-v2", 2)
     broker, said = Broker(mosquitto.host, mosquitto.port), []
 
     def take_part(number: int, training: bytes) -> None:

@@ -146,7 +146,10 @@ def _check_join(message: TrainingMessage, plan: Plan, session: Session) -> None:
 def _check_values(message: TrainingMessage) -> None:
     largest = max((abs(float(end)) for end in (message.values.min(), message.values.max())), default=0.0)
     if largest * message.scale > MAX_VALUE:
-        raise TrainingError(f"values up to {largest * message.scale:.3g}: over {MAX_VALUE:g} is refused.")
+        raise TrainingError(
+            f"values up to {largest * message.scale:.3g}: over {MAX_VALUE:g} is refused. If the training diverged, "
+            "make a new one with a smaller learning rate."
+        )
 
 
 def _check_step(message: TrainingMessage, plan: Plan, member: Member) -> None:
