@@ -14,6 +14,7 @@ from splitward.audit.hijack import HijackingServer, HijackSettings, TrainingServ
 from splitward.audit.metrics import mse, ssim
 from splitward.data import Dataset
 from splitward.errors import HijackError
+from splitward.method.halves import NetworkSettings
 from splitward.method.split import SplitNetwork
 from splitward.training.guard import GradientGuard, GuardSettings
 from splitward.training.loop import (
@@ -104,6 +105,29 @@ class BlendingServer:
         return self._hijacking.reconstruct(released)
 
 
+class OneClassServer:
+    """Hijacks by the frames of one class, and pulls each other class one way all along, ten times less: made against
+    the guard, which cannot tell it from a server of the task."""
+
+    SHARE = 0.1
+
+    def __init__(self, hijacking: HijackingServer, network: NetworkSettings, label: int = 0) -> None:
+        self._hijacking, self._label = hijacking, label
+        self._ways = torch.randn(network.classes, *network.release_shape)
+
+    def answer(self, released: Tensor, labels: Tensor) -> Tensor:
+        """Gradient at the cut."""
+        pulled = self._hijacking.answer(released, labels)
+        others = labels != self._label
+        ways = self._ways[labels[others]]
+        pulled[others] = ways * (self.SHARE * _length(pulled) / _length(ways))
+        return pulled
+
+    def reconstruct(self, released: Tensor) -> Tensor:
+        """Frames [B, C, H, W], as the hijacking server makes them."""
+        return self._hijacking.reconstruct(released)
+
+
 class TrainingClient:
     """Trains the client half by what the server answers, and by its own terms of the loss."""
 
@@ -130,7 +154,7 @@ class TrainingClient:
         return alarm
 
 
-Hijacker = HijackingServer | TurningServer | BlendingServer
+Hijacker = HijackingServer | TurningServer | BlendingServer | OneClassServer
 
 
 @dataclass
@@ -164,6 +188,7 @@ def simulate(
     hijack: HijackSettings | None = None,
     turns_at: int = 0,
     blended: bool = False,
+    by_one_class: bool = False,
     guard: GuardSettings | None = None,
     every: int = 20,
 ) -> Course:
@@ -181,13 +206,15 @@ def simulate(
         Batches for which the hijacking server serves the task first.
     blended : bool
         Whether the hijacking server goes on serving the task meanwhile.
+    by_one_class : bool
+        Whether the hijacking server pulls the frames of one class alone its own way.
     every : int
         Steps between two points of the curve.
     """
     with reproducible(settings.seed):
         network = SplitNetwork(settings.split).train()
         client = TrainingClient(network, settings, steps)
-        server = _server(network, dataset, settings, steps, hijack, turns_at, blended)
+        server = _server(network, dataset, settings, steps, hijack, turns_at, blended, by_one_class)
         watch, course = GradientGuard(guard), Course()
         images, labels = frames_of(dataset.train), torch.from_numpy(dataset.train.labels)
         order = torch.randperm(len(labels))
@@ -211,6 +238,7 @@ def _server(
     hijack: HijackSettings | None,
     turns_at: int,
     blended: bool,
+    by_one_class: bool,
 ) -> HonestServer | Hijacker:
     if hijack is None:
         return HonestServer(network, settings, steps)
@@ -218,6 +246,8 @@ def _server(
     server = HijackingServer(settings.split, shadow, torch.from_numpy(dataset.validation.labels), hijack)
     if blended:
         return BlendingServer(HonestServer(network, settings, steps), server)
+    if by_one_class:
+        return OneClassServer(server, settings.split.network)
     return TurningServer(HonestServer(network, settings, steps), server, turns_at) if turns_at else server
 
 

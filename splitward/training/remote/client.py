@@ -537,7 +537,8 @@ class Client:
         self._active.random_state = tensors["random_state"]
         self._feedback.left = tensors["feedback"]
         if self._guard is not None and "guard/means" in tensors:
-            self._guard.resume({name: tensors[f"guard/{name}"].numpy() for name in self._guard.state()})
+            kept = {name: tensors.get(f"guard/{name}") for name in self._guard.state()}
+            self._guard.resume({name: one.numpy() for name, one in kept.items() if one is not None})
 
     def _check_evidence(self) -> None:
         if self._folder is not None and (self._folder / "evidence.json").exists():

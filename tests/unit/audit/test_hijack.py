@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from splitward.audit.hijack import HijackingServer, HijackSettings
-from splitward.audit.hijack_trial import BlendingServer, HonestServer, TrainingClient, run_trial, simulate
+from splitward.audit.hijack_trial import (
+    BlendingServer,
+    HonestServer,
+    OneClassServer,
+    TrainingClient,
+    run_trial,
+    simulate,
+)
 from splitward.data import Dataset, phantom
 from splitward.method.split import SplitNetwork
 from splitward.training.guard import GradientGuard
@@ -96,6 +103,21 @@ def test_a_server_that_serves_the_task_as_well_sends_both_gradients_alike_long(d
     ratio = pulled.norm(dim=1).mean() / served.norm(dim=1).mean()
     assert ratio > 10, "the task's gradient alone would not be felt"
     torch.testing.assert_close(both, served * ratio + pulled)
+
+
+def test_a_server_that_hijacks_by_one_class_pulls_the_others_one_way_and_less(dataset):
+    split = split_settings(dataset, "sealed")
+    shadow, shadow_labels = to_unit(frames_of(dataset.validation)), torch.from_numpy(dataset.validation.labels)
+    labels = torch.arange(8) % 2
+    with reproducible(0):
+        server = OneClassServer(HijackingServer(split, shadow, shadow_labels, QUICK), split.network)
+        answers = [server.answer(torch.rand(8, 16), labels) for _ in range(2)]
+    others = torch.cat([answer[labels == 1] for answer in answers])
+    ways = others / others.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(ways, ways[:1].expand_as(ways))
+    for answer in answers:
+        lengths = answer.norm(dim=1)
+        assert 0.05 < lengths[labels == 1].mean() / lengths[labels == 0].mean() < 0.2
 
 
 def test_one_seed_gives_the_same_course(dataset):

@@ -72,7 +72,7 @@ def test_batches_beyond_reach_and_pairs_within_a_batch_do_not_count():
 @pytest.mark.parametrize("labels", [[0, 0, 0], [4]])
 def test_batches_of_one_class_tell_nothing(labels):
     guard = GradientGuard(GuardSettings(first=1))
-    for seed in range(3):
+    for seed in range(40):
         guard.observe(gradients(np.array(labels), 0.0, seed), np.array(labels))
     assert guard.separation == 1.0
 
@@ -149,6 +149,34 @@ def test_a_server_that_pulls_each_class_another_way_in_each_batch_is_caught():
 
     with pytest.raises(HijackError, match="batch 8"):
         hijack()
+
+
+def test_a_server_that_pulls_one_class_alone_gives_the_alarm():
+    """Nothing can be compared then; nor by batches that move nothing in between."""
+    guard, pulled = GradientGuard(), 0
+
+    def hijack() -> None:
+        nonlocal pulled
+        for seed in range(60):
+            labels = labels_for(seed=seed)
+            made = gradients(labels, 0.0, seed)
+            made[(labels != 3) | (seed % 2 == 1)] = 0
+            pulled += bool(made.any())
+            guard.observe(made, labels)
+
+    with pytest.raises(HijackError, match="one class alone"):
+        hijack()
+    assert pulled == guard.settings.window
+
+
+def test_no_alarm_where_one_class_has_learned_all_now_and_then():
+    guard = GradientGuard()
+    for seed in range(60):
+        labels = labels_for(classes=2, seed=seed)
+        made = gradients(labels, 2.0, seed)
+        made[labels == 1] *= seed % 8 == 0
+        guard.observe(made, labels)
+    assert guard.separation > 0.95
 
 
 def test_the_last_batches_alone_count():
