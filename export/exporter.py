@@ -63,16 +63,16 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     network = run.load_network()
     settings = run.settings.split
     law = release_law(settings.network, settings.defence)
-    calibration = _first_frames(dataset.train, CALIBRATION_FRAMES)
-    parity = _first_frames(dataset.validation, PARITY_FRAMES)
+    calibration, _ = _drawn(dataset.train, CALIBRATION_FRAMES)
+    parity, parity_labels = _drawn(dataset.validation, PARITY_FRAMES)
     saliency = _saliency_graphs(network)
     clients = _client_graphs(network, calibration)
-    found = check_parity(network, law, clients, saliency, parity, dataset.validation.labels[: len(parity)])
+    found = check_parity(network, law, clients, saliency, parity, parity_labels)
     files = {f"client-{name}.{_extension(name)}": data for name, data in clients.items()}
     files |= {f"saliency.{_extension(name)}": data for name, data in saliency.items()}
     files |= _golden(network, parity[:1])
-    held_out = _first_frames(dataset.validation, CERTIFIED_FRAMES)
-    certificate = certify(network, held_out, torch.from_numpy(dataset.validation.labels[: len(held_out)]))
+    held_out, held_out_labels = _drawn(dataset.validation, CERTIFIED_FRAMES)
+    certificate = certify(network, held_out, torch.from_numpy(held_out_labels))
     manifest = bundles.Manifest(
         format=bundles.FORMAT,
         name=target.stem,
@@ -96,8 +96,13 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     return model
 
 
-def _first_frames(split: Split, count: int) -> torch.Tensor:
-    return to_unit(frames_of(split)[:count])
+def _drawn(split: Split, count: int) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """At most `count` frames [N, C, H, W] and their labels, the same at each export.
+
+    Drawn at random: the rows of a folder lie class by class, so that the first ones may be all of one class.
+    """
+    rows = np.sort(np.random.default_rng(0).permutation(len(split))[:count])
+    return to_unit(frames_of(split)[rows]), split.labels[rows]
 
 
 def _extension(variant: str) -> str:

@@ -21,7 +21,7 @@ from edge.runtime import load_runtime
 from export import exporter
 from export.exporter import export_run
 from export.parity import FLOAT32_TOLERANCE, check_parity
-from splitward.data import Dataset, phantom
+from splitward.data import Dataset, Split, phantom
 from splitward.errors import BundleError, ExportError, TrainingError
 from splitward.method.halves import build_server
 from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
@@ -101,6 +101,41 @@ def test_the_bundle_holds_nothing_of_the_server_half(sealed):
     assert len(matrices) > 6
     for data in sealed.bundle.files.values():
         assert not any(matrix.numpy().tobytes()[:256] in data for matrix in matrices)
+
+
+@pytest.mark.parametrize("count", [256, 300, 900])
+def test_frames_are_drawn_from_the_whole_split(count):
+    """Rows that lie class by class, as a folder's do, or in turns: every class has its share."""
+    images = np.arange(900, dtype=np.uint16).reshape(900, 1, 1, 1)
+    for labels in (np.repeat(np.arange(3), 300), np.arange(900) % 3):
+        split = Split(images, labels, np.arange(900))
+        frames, own = exporter._drawn(split, count)
+        np.testing.assert_array_equal(own, labels[(frames.flatten() * 65535).round().int()])
+        assert np.bincount(own, minlength=3).min() > 0.27 * count
+
+
+def test_int8_is_calibrated_on_every_class(tmp_path):
+    """300 dark frames before 300 bright ones: calibrated on the dark alone, int8 would cut the bright ones off."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 300)
+    images = (generator.random((600, 1, 16, 16)) * np.where(labels, 255, 25)[:, None, None, None]).astype(
+        np.uint8
+    )
+    split = Split(images, labels, np.arange(600))
+    facts = {"synthetic": True, "licence": "none", "source": "drawn"}
+    dataset = Dataset("light", "light", ("dark", "bright"), split, split, split, **facts)
+    settings = RunSettings("light", None, 16, split_settings(dataset, "none"), epochs=1, batch=64)
+    run = train(dataset, settings, tmp_path / "run", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.parity.INT8_COST", 1.0)
+        key = Ed25519PrivateKey.generate()
+        export_run(run, dataset, tmp_path / "light.bundle", key)
+    parity = read_bundle(tmp_path / "light.bundle", key.public_key()).manifest.metrics["parity"]
+    network = run.load_network()
+    with torch.no_grad():
+        reach = float(network.client(to_unit(frames_of(split))).abs().max())
+    assert parity["onnx-int8"]["max_error"] < 0.1 * reach
+    assert parity["tflite-int8"]["max_error"] < 0.1 * reach
 
 
 def test_parity_is_recorded_for_every_variant(sealed):
