@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,6 +16,12 @@ SMALL_SIDE = 32
 """Frames up to this side get the paper's small network, larger ones the residual one."""
 RESIDUAL_VALUES = 64
 """Bottleneck of `sealed` for the residual network, whose frames and tasks are larger."""
+_SEAL = ("values", "sigma", "entropy_weight")
+MAX_VALUES = 65_536
+MAX_WEIGHT = 100
+"""Of a sigma and of a loss term."""
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,16 @@ class RunSettings:
         return asdict(self)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.learning_rate <= 0 or self.shift < 0:
-            raise TrainingError(
-                f"epochs {self.epochs}, batch {self.batch}, learning rate {self.learning_rate}, shift "
-                f"{self.shift}: give at least 1 epoch, batches of at least 2 (batch normalisation needs two), "
-                "a positive rate, and no negative shift."
-            )
+        side = self.split.network.side
+        _refuse_outside(
+            ("epochs", self.epochs, 1, MAX_COUNT),
+            ("batch", self.batch, 2, MAX_COUNT),  # batch normalisation needs two
+            ("shift", self.shift, 0, side),
+            ("seed", self.seed, 0, MAX_SEED),
+        )
+        if not 0 < self.learning_rate < math.inf:
+            raise TrainingError(f"learning rate {self.learning_rate}: give a finite one over 0.")
+        _check_defence(self.split.defence)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> RunSettings:
@@ -123,14 +134,44 @@ def frame_settings(
     return SplitSettings(network, defence, law.bound, law.scale)
 
 
+def _check_defence(defence: DefenceSettings) -> None:
+    """Refuse a defence that would not be what its profile promises, or that nothing can be trained under.
+
+    Raises
+    ------
+    TrainingError
+        A value is not in its range. Whatever has a bottleneck or noise by its profile keeps some: `sealed` without
+        a value would release the whole activation, and without noise.
+    """
+    own = (DEFENCES | COMPARED).get(defence.profile, defence)
+    _refuse_outside(("values", defence.values, 1 if own.values else 0, MAX_VALUES))
+    for name in ("sigma", "entropy_weight", "correlation_weight", "adversary_weight"):
+        _refuse_outside((name.replace("_", " "), getattr(defence, name), 0, MAX_WEIGHT))
+    if own.sigma and not defence.sigma:
+        raise TrainingError(f"sigma 0: {defence.profile} protects by noise. Give a sigma over 0.")
+    if defence.map is not None:
+        _refuse_outside(("eps", defence.map.eps, 0, 1), ("gamma", defence.map.gamma, 0, 1))
+
+
+def _refuse_outside(*values: tuple[str, float, float, float]) -> None:
+    """`TrainingError` for the first of these (name, value, least, most) that is outside, or no number."""
+    for name, value, least, most in values:
+        if not least <= value <= most:
+            raise TrainingError(f"{name} {value}: give {least:g} to {most:,}.")
+
+
 def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str, Any]) -> DefenceSettings:
     seal = {name: value for name, value in seal.items() if value is not None}
     saliency = {name: value for name, value in saliency.items() if value is not None}
-    if seal and not (defence.values or defence.sigma):
-        raise TrainingError(f"{defence.profile} has no seal: {', '.join(seal)} cannot be given. Use sealed.")
+    if lacking := [name for name in _SEAL if name in seal and not getattr(defence, name)]:
+        raise TrainingError(f"{defence.profile} has no seal: {', '.join(lacking)} cannot be given. Use sealed.")
+    if "values" in seal and defence.bottleneck == "label":
+        raise TrainingError("label releases a value for each class: values cannot be given.")
     if saliency and defence.map is None:
         raise TrainingError(f"{defence.profile} has no map: {', '.join(saliency)} cannot be given. Use psgl.")
-    return replace(defence, **seal, map=replace(defence.map, **saliency) if defence.map else None)
+    changed = replace(defence, **seal, map=replace(defence.map, **saliency) if defence.map else None)
+    _check_defence(changed)
+    return changed
 
 
 def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLaw:

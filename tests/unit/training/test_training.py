@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,12 +223,59 @@ def test_settings_follow_profile_and_frames(dataset):
         ("secret", {}, "choose none, psgl, sealed"),
         ("none", {"seal": {"values": 8}}, "has no seal"),
         ("psgl", {"seal": {"sigma": 0.1}}, "has no seal"),
+        ("gaussian", {"seal": {"values": 8}}, "has no seal: values"),
+        ("label", {"seal": {"values": 8}}, "a value for each class"),
         ("none", {"saliency": {"eps": 0.1}}, "has no map"),
     ],
 )
 def test_what_a_profile_does_not_have_is_refused(dataset, profile, changes, message):
     with pytest.raises(TrainingError, match=message):
         split_settings(dataset, profile, **changes)
+
+
+@pytest.mark.parametrize(
+    ("profile", "name", "value"),
+    [
+        ("sealed", "values", 0), ("sealed", "values", -3), ("sealed", "values", 10**9), ("ressfl", "values", 0),
+        ("sealed", "sigma", 0.0), ("sealed", "sigma", -1.0), ("sealed", "sigma", math.nan),
+        ("sealed", "sigma", math.inf), ("gaussian", "sigma", 0.0), ("sealed", "entropy_weight", -5.0),
+        ("sealed", "entropy_weight", math.nan), ("psgl", "eps", -1.0), ("psgl", "eps", math.nan),
+        ("psgl", "gamma", 3.0),
+    ],
+)  # fmt: skip
+def test_a_defence_that_does_not_defend_is_refused(dataset, profile, name, value):
+    """By the options of a command, and in a run or a plan from outside."""
+    said = f"^{name.replace('_', ' ')} {value}: give|^sigma 0: gaussian|^sigma 0: sealed"
+    part = "saliency" if name in ("eps", "gamma") else "seal"
+    with pytest.raises(TrainingError, match=said):
+        split_settings(dataset, profile, **{part: {name: value}})
+    settings = settings_for(dataset, profile)
+    defence = settings.split.defence
+    held = defence.map if part == "saliency" else defence
+    changed = replace(held, **{name: value})
+    defence = replace(defence, map=changed) if part == "saliency" else changed
+    with pytest.raises(TrainingError, match=said):
+        replace(settings, split=replace(settings.split, defence=defence))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs 0: give 1"),
+        ("batch", 1, "batch 1: give 2"),
+        ("batch", 10**30, "batch 1000"),
+        ("shift", -1, "shift -1: give 0 to 28"),
+        ("shift", 29, "shift 29: give 0 to 28"),
+        ("seed", -1, "seed -1"),
+        ("seed", 10**30, "seed 1000"),
+        ("learning_rate", math.nan, "learning rate nan"),
+        ("learning_rate", math.inf, "learning rate inf"),
+        ("learning_rate", 0.0, r"learning rate 0\.0"),
+    ],
+)
+def test_a_schedule_outside_its_ranges_is_refused(dataset, name, value, message):
+    with pytest.raises(TrainingError, match=message):
+        settings_for(dataset, **{name: value})
 
 
 def test_frames_that_fit_no_network_are_refused(dataset):
