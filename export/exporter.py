@@ -52,6 +52,8 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     ------
     ExportError
         `target` has another suffix, the defence does not ship, or a graph does not do what the network does.
+    TrainingError
+        The run's training has not finished, or the data is not what it was trained on.
     """
     if run.settings.split.defence.profile not in DEFENCES:
         raise ExportError(
@@ -60,6 +62,7 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
         )
     if target.suffix != SUFFIX:
         raise ExportError(f"{target}: a bundle's name ends in {SUFFIX}.")
+    run.check_data(dataset.digest())
     network = run.load_network()
     settings = run.settings.split
     law = release_law(settings.network, settings.defence)

@@ -24,7 +24,14 @@ from splitward.method.halves import StreamOutputs
 from splitward.method.sealing import conditional_entropy
 from splitward.method.split import Pass, SplitNetwork
 from splitward.training.curve import plot_curve
-from splitward.training.run import Run, create_run, load_checkpoint, save_checkpoint, save_tensors
+from splitward.training.run import (
+    Run,
+    create_run,
+    load_checkpoint,
+    save_checkpoint,
+    save_tensors,
+    write_atomically,
+)
 from splitward.training.settings import RunSettings
 from splitward.versions import versions
 
@@ -44,7 +51,7 @@ def train(dataset: Dataset, settings: RunSettings, folder: Path, *, progress: bo
     Raises
     ------
     TrainingError
-        `folder` holds another run, a damaged checkpoint, or the loss stopped being finite.
+        `folder` holds another run, one on other data, a damaged checkpoint, or the loss stopped being finite.
     """
     run = create_run(folder, settings, describe(dataset))
     if run.finished:
@@ -79,6 +86,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "licence": dataset.licence,
         "source": dataset.source,
         "images": {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")},
+        "digest": dataset.digest(),
         "versions": versions(),
     }
 
@@ -253,6 +261,6 @@ def _append(run: Run, line: dict[str, Any]) -> None:
 
 
 def _keep_metrics_of(run: Run, epochs: int) -> None:
-    """Drop the lines of epochs that will be done again."""
+    """Drop the lines of epochs that will be done again, and what is no whole line."""
     lines = [line for line in run.read_metrics() if line.get("epoch", epochs + 1) <= epochs]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_atomically(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))

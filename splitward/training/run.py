@@ -28,7 +28,7 @@ from splitward.training.settings import RunSettings
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what it is about; `card` holds the data set's description and the versions."""
+    """A run folder and what it is about; `card` holds the data set's description, its digest and the versions."""
 
     folder: Path
     settings: RunSettings
@@ -55,10 +55,30 @@ class Run:
         return self.weights.exists()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of the metrics."""
+        """All whole lines of the metrics; `TrainingError` where one of them is damaged.
+
+        A last line without its end is no line: the training was killed while it was written.
+        """
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        try:
+            whole, _, _ = self.metrics.read_text(encoding="utf-8").rpartition("\n")
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise TrainingError(
+                f"{self.metrics}: is damaged ({error}). Train again, with another --out."
+            ) from error
+
+    def check_data(self, digest: str) -> None:
+        """Refuse data with another `Dataset.digest` than the run's: `TrainingError`.
+
+        The runs of earlier versions have none in their card, and take any data.
+        """
+        if self.card.get("digest", digest) != digest:
+            raise TrainingError(
+                f"{self.folder}: {self.settings.data} is not what this run was trained on: it has changed since, or "
+                "other versions read it otherwise. Put the data back, or train again with another --out."
+            )
 
     def load_network(self) -> SplitNetwork:
         """The trained network, ready for inference; `TrainingError` when training has not finished."""
@@ -77,7 +97,7 @@ def create_run(folder: Path, settings: RunSettings, card: dict[str, Any]) -> Run
     Raises
     ------
     TrainingError
-        The folder holds a run with other settings: nothing is overwritten.
+        The folder holds a run with other settings or on other data: nothing is overwritten.
     """
     if (folder / "run.json").exists():
         run = open_run(folder)
@@ -85,6 +105,7 @@ def create_run(folder: Path, settings: RunSettings, card: dict[str, Any]) -> Run
             raise TrainingError(
                 f"{folder}: holds a run with other settings. Give another --out, or delete the folder."
             )
+        run.check_data(card["digest"])
         return run
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"settings": settings.to_dict(), "card": card}, indent=2) + "\n"
@@ -101,6 +122,8 @@ def open_run(folder: Path) -> Run:
         raise TrainingError(
             f"{folder}: is not a run folder (it has no run.json). `splitward train` makes one."
         ) from None
+    except TrainingError as error:
+        raise TrainingError(f"{folder / 'run.json'}: {error} Train again.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingError(f"{folder / 'run.json'}: cannot be used: {error!r}. Train again.") from error
 

@@ -252,6 +252,13 @@ def test_an_unfinished_run_is_refused(sealed, tmp_path):
         export_run(unfinished, sealed.dataset, tmp_path / "mass.bundle", sealed.key)
 
 
+def test_other_data_than_the_runs_is_refused(sealed, tmp_path):
+    other = phantom.load("mass", 28, seed=1, count=120)
+    with pytest.raises(TrainingError, match="is not what this run was trained on"):
+        export_run(sealed.run, other, tmp_path / "mass.bundle", sealed.key)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_that_does_something_else_is_never_shipped(sealed):
     manifest, files = sealed.bundle.manifest, sealed.bundle.files
     clients = {name: files[path] for name, path in manifest.client.items()}

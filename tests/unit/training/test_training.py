@@ -137,6 +137,66 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert not resumed.checkpoint.exists()
 
 
+def test_a_line_of_metrics_that_a_kill_cut_off_is_done_again(dataset, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "save_checkpoint", 2)  # the second epoch's line is written, its checkpoint is not
+        with pytest.raises(KeyboardInterrupt):
+            run_of(dataset, tmp_path)
+    metrics = open_run(tmp_path).metrics
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    assert [line["epoch"] for line in open_run(tmp_path).read_metrics()] == [1]
+    assert same(run_of(dataset, tmp_path), finished)
+
+
+def test_damaged_metrics_are_explained(dataset, finished, tmp_path):
+    (tmp_path / "run.json").write_bytes((finished.folder / "run.json").read_bytes())
+    for damage in (b"{\n", b"\xff\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damage)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged"):
+            run_of(dataset, tmp_path)
+
+
+def other_than(dataset: Dataset) -> list[Dataset]:
+    """Data sets that differ in one pixel, one label or one name."""
+    images, labels = dataset.train.images.copy(), dataset.test.labels.copy()
+    images[-1, 0, 0, 0] ^= 1
+    labels[-1] ^= 1
+    return [
+        replace(dataset, train=replace(dataset.train, images=images)),
+        replace(dataset, test=replace(dataset.test, labels=labels)),
+        replace(dataset, classes=("normal", "other")),
+    ]
+
+
+def test_a_run_does_not_go_on_with_other_data(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "evaluate", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_of(dataset, tmp_path)
+    for other in other_than(dataset):
+        with pytest.raises(TrainingError, match="phantom is not what this run was trained on"):
+            run_of(other, tmp_path)
+    assert run_of(dataset, tmp_path).finished
+    with pytest.raises(TrainingError, match="is not what this run was trained on"):
+        run_of(other_than(dataset)[0], tmp_path)
+
+
+def test_a_run_of_an_earlier_version_goes_on(dataset, tmp_path):
+    run = run_of(dataset, tmp_path, "none", epochs=1)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["card"]["digest"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert run_of(dataset, tmp_path, "none", epochs=1).weights == run.weights
+
+
+def test_a_run_whose_defence_does_not_defend_is_not_opened(finished, tmp_path):
+    values = json.loads((finished.folder / "run.json").read_text())
+    values["settings"]["split"]["defence"]["values"] = 0
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match=r"run\.json: values 0: give 1"):
+        open_run(tmp_path)
+
+
 def test_a_finished_run_is_returned_untouched(dataset, tmp_path):
     run = run_of(dataset, tmp_path, "none", epochs=1)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
