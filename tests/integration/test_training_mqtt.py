@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from splitward.training.remote.site import coordinate
 from splitward.training.remote.state import state_of
 from splitward.training.remote.together import run_together
 from splitward.training.run import open_run
-from splitward.training.settings import RunSettings, split_settings
+from splitward.training.settings import RunSettings, frame_settings, split_settings
 from splitward.wire.bundle import create_signing_key
 
 TRAINING = bytes(range(16))
@@ -83,6 +84,23 @@ def test_sites_train_over_a_broker_that_is_killed(tmp_path: Path, mosquitto: Sim
         found = state_of(client._active, optimisers=False)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert client.place.skipped == 0
+
+
+def test_a_broker_that_is_away_or_none_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """On standard error, where warnings go as long as nothing else was set up."""
+    plan = Plan(RunSettings("", None, None, frame_settings(1, 8, 2, "none"), epochs=1))
+    servers = {TRAINING: Server(plan, TRAINING)}
+
+    def serve(port: int, said: str) -> None:
+        due_s = time.monotonic() + JOIN_S
+        run_server(servers, Broker(port=port), lambda: said not in caplog.text and time.monotonic() < due_s)
+        assert f"broker 127.0.0.1:{port}: {said}" in caplog.text
+
+    serve(free_port(), "cannot be reached ([Errno 111] Connection refused); trying again")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        hanging_up = threading.Thread(target=lambda: other.accept()[0].close(), daemon=True)
+        hanging_up.start()
+        serve(other.getsockname()[1], "the connection has ended")
 
 
 def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -> None:

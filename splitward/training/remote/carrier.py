@@ -10,6 +10,7 @@ import logging
 import queue
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -147,6 +148,15 @@ class _Link:
                 raise TrainingError(f"broker: {error}. --ca, --cert and --key are PEM files.") from error
             self._client.tls_set_context(context)
         self._client.on_connect = self._subscribe
+        where = f"broker {broker.host}:{broker.port}"
+        self._client.on_connect_fail = lambda *_: log.warning(
+            "%s: cannot be reached (%s); trying again", where, sys.exc_info()[1]
+        )
+        self._client.on_disconnect = lambda _client, _data, _flags, code, _properties: (
+            log.warning("%s: the connection has ended (%s); trying again", where, code)
+            if code.is_failure
+            else None
+        )
         self._client.on_message = lambda _client, _data, message: self._arrived.put(message)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         properties.MaximumPacketSize = MAX_PACKET_BYTES
