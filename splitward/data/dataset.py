@@ -71,7 +71,7 @@ class Dataset:
         for split in (self.train, self.validation, self.test):
             for array in (split.images, split.labels):
                 found.update(f"{array.dtype.str} {array.shape}".encode())
-                found.update(np.ascontiguousarray(array))
+                found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
 

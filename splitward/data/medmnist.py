@@ -21,6 +21,7 @@ from splitward.wire.bundle import InputSpec
 
 TASKS = ("classes",)
 MAX_BYTES = 4 << 30
+MAX_CLASSES = 1000
 # What damaged archives raise; MemoryError comes of a header that declares more than there is memory.
 _BROKEN = (OSError, EOFError, MemoryError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
 _SPLITS = ("train", "val", "test")
@@ -36,11 +37,18 @@ def load(path: Path, task: str, size: int | None) -> Dataset:
     Raises
     ------
     DataError
-        The file is missing, damaged, over `MAX_BYTES` unpacked, or not of that layout with one label per image.
+        The file is missing, damaged, over `MAX_BYTES` unpacked, or not of that layout with one label per image; it
+        has one class, or over `MAX_CLASSES`; or every validation image also stands in train or test.
     """
     arrays = _read(path)
     known = path.stem.lower().split("_")[0]
     highest = max(int(labels.max()) for _, labels in arrays.values())
+    if highest >= MAX_CLASSES:
+        raise DataError(
+            f"{path}: has the label {highest}. Number the classes from 0; {MAX_CLASSES} are the most."
+        )
+    if len(np.unique(np.concatenate([labels for _, labels in arrays.values()]))) < 2:
+        raise DataError(f"{path}: every image has the label {highest}. A training needs two classes or more.")
     classes = _CLASSES.get(known, tuple(str(label) for label in range(highest + 1)))
     if highest >= len(classes):
         raise DataError(
@@ -50,6 +58,10 @@ def load(path: Path, task: str, size: int | None) -> Dataset:
     elsewhere = {*hashes["train"], *hashes["test"]}
     kept = np.array([value not in elsewhere for value in hashes["val"]], np.bool_)
     dropped = int((~kept).sum())
+    if not kept.any():
+        raise DataError(
+            f"{path}: every validation image also stands in train or test. Take val_images out of train_images."
+        )
     trained = set(hashes["train"])
     shared = sum(value in trained for value in hashes["test"])
     arrays["val"] = (arrays["val"][0][kept], arrays["val"][1][kept])

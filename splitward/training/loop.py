@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,8 +52,14 @@ def train(dataset: Dataset, settings: RunSettings, folder: Path, *, progress: bo
     Raises
     ------
     TrainingError
-        `folder` holds another run, one on other data, a damaged checkpoint, or the loss stopped being finite.
+        Fewer than two images or classes to train on; `folder` holds another run, one on other data, or a damaged
+        checkpoint; or the loss stopped being finite.
     """
+    if len(dataset.train) < 2 or len(np.unique(dataset.train.labels)) < 2:
+        raise TrainingError(
+            f"{dataset.name}: {len(dataset.train)} training image(s) of one class: there is "
+            "nothing to tell apart. Give images of two classes or more."
+        )
     run = create_run(folder, settings, describe(dataset))
     if run.finished:
         return run

@@ -98,6 +98,15 @@ HOSTILE = {
     "fewer_labels": (npz(test_labels=np.zeros((4, 1), np.uint8)), "test_labels is uint8"),
     "float_labels": (npz(test_labels=np.zeros((5, 1))), "test_labels is float64"),
     "negative_labels": (npz(test_labels=np.full((5, 1), -1)), "negative label"),
+    "too_many_classes": (npz(train_labels=np.full((12, 1), 400_000_000)), "has the label 400000000"),
+    "one_class": (
+        npz(**{f"{split}_labels": np.ones((count, 1), np.uint8) for split, count in COUNTS.items()}),
+        "every image has the label 1",
+    ),
+    "validation_in_test": (
+        npz(val_images=make_arrays()["test_images"], val_labels=make_arrays()["test_labels"]),
+        "every validation image also stands",
+    ),
     "no_images": (
         npz(val_images=np.zeros((0, 28, 28), np.uint8), val_labels=np.zeros((0, 1), np.uint8)),
         "val is empty",

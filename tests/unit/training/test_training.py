@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitward.data import Dataset, phantom
+from splitward.data import Dataset, Split, phantom
 from splitward.errors import TrainingError
 from splitward.method.split import COMPARED, DEFENCES, SplitSettings
 from splitward.training import loop
 from splitward.training.loop import train
-from splitward.training.run import Run, open_run
+from splitward.training.run import Run, open_run, save_tensors
 from splitward.training.settings import RunSettings, release_law, split_settings
 
 PROFILES = tuple(DEFENCES | COMPARED)
@@ -195,6 +195,20 @@ def test_a_run_whose_defence_does_not_defend_is_not_opened(finished, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(values))
     with pytest.raises(TrainingError, match=r"run\.json: values 0: give 1"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [slice(1), [0, 0, 0]])
+def test_one_image_or_one_class_is_nothing_to_train_on(dataset, tmp_path, rows):
+    few = Split(dataset.train.images[rows], dataset.train.labels[rows], dataset.train.patients[rows])
+    with pytest.raises(TrainingError, match=r"[13] training image\(s\) of one class"):
+        train(replace(dataset, train=few), settings_for(dataset), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_cannot_be_written_are_explained(tmp_path):
+    (tmp_path / "weights.safetensors.partial").mkdir()
+    with pytest.raises(TrainingError, match=r"weights\.safetensors: cannot be written: .*goes on"):
+        save_tensors(tmp_path / "weights.safetensors", {"one": torch.zeros(1)})
 
 
 def test_a_finished_run_is_returned_untouched(dataset, tmp_path):
