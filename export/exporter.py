@@ -55,15 +55,10 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     TrainingError
         The run's training has not finished, or the data is not what it was trained on.
     """
-    if run.settings.split.defence.profile not in DEFENCES:
-        raise ExportError(
-            f"{run.folder}: {run.settings.split.defence.profile} is there to be compared with and does not ship; "
-            f"train {', '.join(DEFENCES)}."
-        )
-    if target.suffix != SUFFIX:
-        raise ExportError(f"{target}: a bundle's name ends in {SUFFIX}.")
+    check_target(run, target)
     run.check_data(dataset.digest())
     network = run.load_network()
+    target.parent.mkdir(parents=True, exist_ok=True)  # where that cannot be, it is better said before the work
     settings = run.settings.split
     law = release_law(settings.network, settings.defence)
     calibration, _ = _drawn(dataset.train, CALIBRATION_FRAMES)
@@ -93,10 +88,20 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
         files={},
         certificate=certificate.to_dict() if certificate else None,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
     model = bundles.write_bundle(target, manifest, files, key)
     _write_server(network, target, manifest, model)
     return model
+
+
+def check_target(run: Run, target: Path) -> None:
+    """Refuse what no data could make a bundle: `ExportError` for a defence that does not ship or another suffix."""
+    if run.settings.split.defence.profile not in DEFENCES:
+        raise ExportError(
+            f"{run.folder}: {run.settings.split.defence.profile} is there to be compared with and does not ship; "
+            f"train {', '.join(DEFENCES)}."
+        )
+    if target.suffix != SUFFIX:
+        raise ExportError(f"{target}: a bundle's name ends in {SUFFIX}.")
 
 
 def _drawn(split: Split, count: int) -> tuple[torch.Tensor, NDArray[np.int64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,7 +22,7 @@ DEFAULT_KEY = Path("~/.config/splitward/signing.key")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; an explained error exits with 2, without a traceback."""
+    """Run one command; an explained error, or one of the disk or the network, exits with 2, without a traceback."""
     # Before torch loads: threads that spin while they wait make small steps far slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if argv is None else argv
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
-    except SplitwardError as error:
+    except (SplitwardError, OSError) as error:
         sys.stderr.write(f"splitward: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -201,8 +202,8 @@ def _broker_of(arguments: argparse.Namespace) -> Any:
     from splitward.training.remote.carrier import Broker
 
     host, _, port = arguments.broker.rpartition(":")
-    if not host or not port.isdigit():
-        raise SplitwardError(f"--broker {arguments.broker}: give HOST:PORT.")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65_535:
+        raise SplitwardError(f"--broker {arguments.broker}: give HOST:PORT, with a port of 1 to 65535.")
     secret = [os.environ.get(f"SPLITWARD_BROKER_{name}") for name in ("USERNAME", "PASSWORD")]
     return Broker(host, int(port), arguments.ca, arguments.cert, arguments.key, *secret)
 
@@ -287,12 +288,13 @@ def _coordinate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from export.exporter import export_run
+    from export.exporter import check_target, export_run
     from splitward.data import open_dataset
     from splitward.training.run import open_run
     from splitward.wire.bundle import create_signing_key, public_key_path, read_signing_key
 
     run = open_run(arguments.run_folder)
+    check_target(run, arguments.out)  # before a key is made for nothing
     path = arguments.key.expanduser()
     if arguments.key == DEFAULT_KEY and not path.exists():
         create_signing_key(path)

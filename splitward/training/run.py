@@ -134,9 +134,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors atomically."""
+    """Write safetensors atomically; `TrainingError` where they cannot be written, as on a full disk."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        raise TrainingError(f"{path}: cannot be written: {error}. The same command again goes on.") from error
     partial.replace(path)
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from splitward import __version__
 from splitward.cli import main
+from splitward.training.run import create_run
+from splitward.training.settings import RunSettings, frame_settings
 from splitward.wire.bundle import read_signing_key, read_trusted_key
 
 COMMANDS = ("demo", "data", "train", "export", "audit", "keygen")
@@ -116,6 +118,30 @@ def test_keygen_makes_a_private_key_and_never_overwrites_it(tmp_path, capsys):
     before = path.read_bytes(), public.read_bytes()
     assert "exists already" in refused(["keygen", str(path)], capsys)
     assert (path.read_bytes(), public.read_bytes()) == before
+
+
+@pytest.mark.parametrize("out", ["FILE", "FILE/run", "/proc/run"])
+def test_an_output_folder_that_cannot_be_is_one_line(tmp_path, capsys, out):
+    (tmp_path / "FILE").write_text("a file")
+    path = tmp_path / out
+    assert str(path) in refused(["train", "--data", "phantom", "--size", "28", "--out", str(path)], capsys)
+    assert str(path) in refused(["keygen", str(path / "key")], capsys)
+    assert (tmp_path / "FILE").read_text() == "a file"
+
+
+@pytest.mark.parametrize("broker", ["host", ":1883", "host:0", "host:99999", "host:١٢"])
+def test_a_broker_that_cannot_be_is_refused(tmp_path, capsys, broker):
+    arguments = ["coordinate", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "lead")]
+    assert "give HOST:PORT" in refused([*arguments, "--broker", broker], capsys)
+
+
+def test_no_key_is_made_for_an_export_that_cannot_be(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("splitward.cli.DEFAULT_KEY", tmp_path / "home" / "signing.key")
+    split = frame_settings(1, 28, 2, "sealed")
+    create_run(tmp_path / "run", RunSettings("phantom", None, 28, split, epochs=1), {})
+    said = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "a.zip")], capsys)
+    assert "a bundle's name ends in .bundle" in said
+    assert not (tmp_path / "home").exists()
 
 
 def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys):
