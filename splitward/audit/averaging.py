@@ -1,4 +1,4 @@
-"""Several captures of one scene: the noise is averaged out before decoding (method.md, section 5, rule 3)."""
+"""Several captures of one scene: the noise is averaged out before decoding (docs/method.md, section 5, rule 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARD = ThreatModel(
     ),
     method="Averages what was released of one scene, and decodes the mean with a decoder trained on auxiliary "
     "images that were each released, with fresh noise, and averaged as many times.",
-    source="method.md, section 5, rule 3",
+    source="docs/method.md, section 5, rule 3",
 )
 
 

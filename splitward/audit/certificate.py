@@ -1,4 +1,4 @@
-"""Lower bounds on the error of any reconstruction from what a device releases (method.md, section 4).
+"""Lower bounds on the error of any reconstruction from what a device releases (docs/method.md, section 4).
 
 Three bounds on the mean squared error of a pixel, from the strongest statement to the weakest:
 

@@ -1,4 +1,4 @@
-"""Model inversion by convolutional decoders trained on defended releases (method.md, section 5, rule 1).
+"""Model inversion by convolutional decoders trained on defended releases (docs/method.md, section 5, rule 1).
 
 Threat model: the attacker knows code, profile and noise law, has a device of its own and auxiliary images that
 are disjoint from the target's training data, releases them as that device does, and learns the way back. It

@@ -1,6 +1,6 @@
 """White-box optimisation: the frame whose release is nearest to the target's, among smooth frames.
 
-After He, Zhang and Lee (ACSAC 2019), with what method.md, section 5 asks of attacks on noised releases.
+After He, Zhang and Lee (ACSAC 2019), with what docs/method.md, section 5, asks of attacks on noised releases.
 """
 
 from __future__ import annotations

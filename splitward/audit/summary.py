@@ -62,7 +62,7 @@ def _mean(spreads: Sequence[dict[str, float]]) -> dict[str, float]:
 def worst_case(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
     """Highest SSIM and lowest MSE of the attacks at inference, with their attack; None where none was done.
 
-    Attacks during training are reported apart (method.md, section 5, rule 8).
+    Attacks during training are reported apart (docs/method.md, section 5, rule 8).
     """
     known = [row for row in rows if row["phase"] == "inference" and "ssim" in row]
     if not known:

@@ -1,4 +1,4 @@
-"""Reversible downsampling and its folded convolution (section IV-B; method.md, property 7)."""
+"""Reversible downsampling and its folded convolution (section IV-B; docs/method.md, section 3, property 7)."""
 
 from __future__ import annotations
 

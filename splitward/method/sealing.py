@@ -1,4 +1,4 @@
-"""The sealing stage of the `sealed` profile: bound, noise, quantise (method.md, section 4).
+"""The sealing stage of the `sealed` profile: bound, noise, quantise (docs/method.md, section 4).
 
 The bound comes before the noise, so training cannot scale the noise away. This is the training-time twin of
 `splitward.wire.release`, which seals on the device; a test holds the two together.

@@ -17,7 +17,7 @@ from splitward.method.sealing import Seal
 
 @dataclass(frozen=True)
 class DefenceSettings:
-    """A defence with its settings (method.md, section 4).
+    """A defence with its settings (docs/method.md, section 4).
 
     Attributes
     ----------

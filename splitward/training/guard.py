@@ -1,4 +1,4 @@
-"""The client's guard against a server that hijacks its training (method.md, section 5, rule 8).
+"""The client's guard against a server that hijacks its training (docs/method.md, section 5, rule 8).
 
 A label travels with each released tensor in training, so the server can compute the task's gradient, and the
 client knows what that gradient depends on. For a cross entropy it is `J^T (p - e_y)`: frames of one class are

@@ -1,4 +1,4 @@
-"""The last step before the network: from the bounded activation to the released tensor (method.md, section 4).
+"""The last step before the network: from the bounded activation to the released tensor (docs/method.md, section 4).
 
 `released = quantise(bounded + sigma * noise)`. The graph bounds; this adds the noise, outside the graph,
 where it can be keyed. The noise is a function of the device's secret, of the law, and of the activation itself, so the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,29 @@ def test_its_commands_parse():
     assert len(commands) >= 3
     for words in commands:
         assert callable(build_parser().parse_args(words).run)
+
+
+CITATION = re.compile(r"(?:(docs/)?(\w+\.md)), section (\d+)(?:,\s+(?:rule|property) (\d+))?")
+
+
+def test_what_the_code_cites_is_in_the_docs():
+    """Sections are headings `## N.`, rules and properties numbered items of theirs."""
+    code = [path for room in ("splitward", "edge", "cloud", "export") for path in (ROOT / room).rglob("*.py")]
+    cited = [found for path in code for found in CITATION.findall(path.read_text(encoding="utf-8"))]
+    assert len(cited) > 10
+    for docs, page, section, item in cited:
+        text = (ROOT / docs / page).read_text(encoding="utf-8")
+        _, found, rest = text.partition(f"\n## {section}. ")
+        assert found, (page, section)
+        assert not item or f"\n{item}. " in rest.split("\n## ")[0], (page, section, item)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_the_modules_it_runs_can_be_run(page):
+    for name in set(re.findall(r"python -m ([\w.]+)", (ROOT / page).read_text(encoding="utf-8"))):
+        found = find_spec(name)
+        assert found is not None, name
+        assert found.submodule_search_locations is None or find_spec(f"{name}.__main__"), name
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", README))))
