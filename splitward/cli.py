@@ -17,6 +17,7 @@ from splitward import __version__
 from splitward.errors import SplitwardError
 from splitward.image.cli import add_image
 from splitward.reproduce.cli import add_reproduce
+from splitward.wire.names import NAME
 
 DEFAULT_KEY = Path("~/.config/splitward/signing.key")
 
@@ -53,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for everything made (default: demo)"
     )
-    demo.add_argument("--frames", type=int, default=1000, help="test images for each device (default: 1000)")
+    demo.add_argument(
+        "--frames", type=_positive, default=1000, help="test images for each device (default: 1000)"
+    )
     demo.add_argument("--serve", action="store_true", help="keep it running and print the dashboard's address")
     demo.add_argument("--fresh", action="store_true", help="train again, even where a finished run lies")
     demo.set_defaults(run=_demo)
@@ -246,6 +249,8 @@ def _train(arguments: argparse.Namespace) -> int:
             raise SplitwardError(
                 "--over mqtt needs --training and --device; `splitward coordinate` says the id."
             )
+        if not NAME.fullmatch(arguments.site):
+            raise SplitwardError(f"--site {arguments.site}: give a name that matches {NAME.pattern}.")
         who = Membership(
             *(arguments.site, arguments.device, arguments.training, frozenset(arguments.peer)),
             guarded=not arguments.no_guard,

@@ -11,6 +11,7 @@ OUT/runs/        the trained networks
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -58,7 +59,7 @@ def reproduce_paper(
     TrainingError
         Nothing to do, or `out` holds networks of another effort or seed.
     """
-    if effort <= 0 or not (mnist or mias):
+    if not 0 < effort < math.inf or not (mnist or mias):
         raise TrainingError(f"effort {effort:g}: give a positive effort, and at least one data set.")
     began_s = time.monotonic()
     curves: dict[str, list[dict[str, Any]]] = {}

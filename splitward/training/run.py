@@ -63,11 +63,14 @@ class Run:
             return []
         try:
             whole, _, _ = self.metrics.read_text(encoding="utf-8").rpartition("\n")
-            return [json.loads(line) for line in whole.splitlines()]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if self.finished and not (lines and "test" in lines[-1]):
+                raise ValueError("the test metrics of a finished run are missing")
         except ValueError as error:
             raise TrainingError(
                 f"{self.metrics}: is damaged ({error}). Train again, with another --out."
             ) from error
+        return lines
 
     def check_data(self, digest: str) -> None:
         """Refuse data with another `Dataset.digest` than the run's: `TrainingError`.
@@ -81,13 +84,18 @@ class Run:
             )
 
     def load_network(self) -> SplitNetwork:
-        """The trained network, ready for inference; `TrainingError` when training has not finished."""
+        """The trained network, ready for inference; `TrainingError` when training has not finished or it is damaged."""
         if not self.finished:
             raise TrainingError(
                 f"{self.folder}: its training has not finished. Run the same train command again."
             )
         network = SplitNetwork(self.settings.split)
-        network.load_state_dict(load_file(self.weights))
+        try:
+            network.load_state_dict(load_file(self.weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise TrainingError(
+                f"{self.weights}: is damaged, or another network's. Train again, with another --out."
+            ) from error
         return network.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +21,8 @@ MAX_WEIGHT = 100
 """Of a sigma and of a loss term."""
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**32 - 1
+MAX_RATE = 1e30
+"""More is no float32 after a step or two."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class RunSettings:
             ("shift", self.shift, 0, side),
             ("seed", self.seed, 0, MAX_SEED),
         )
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"learning rate {self.learning_rate}: give a finite one over 0.")
+        if not 0 < self.learning_rate <= MAX_RATE:
+            raise TrainingError(f"learning rate {self.learning_rate}: give one over 0, to {MAX_RATE:g}.")
         _check_defence(self.split.defence)
 
     @staticmethod

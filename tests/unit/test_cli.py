@@ -60,6 +60,7 @@ def test_version(capsys):
         ["fly"],
         ["train", "--data", "phantom"],
         ["train", "--data", "phantom", "--out", "r", "--epochs", "x"],
+        ["demo", "--frames", "0"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
@@ -133,6 +134,18 @@ def test_an_output_folder_that_cannot_be_is_one_line(tmp_path, capsys, out):
 def test_a_broker_that_cannot_be_is_refused(tmp_path, capsys, broker):
     arguments = ["coordinate", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "lead")]
     assert "give HOST:PORT" in refused([*arguments, "--broker", broker], capsys)
+
+
+def test_a_site_that_is_no_name_is_refused(tmp_path, capsys):
+    arguments = ["train", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "run"), "--over", "mqtt"]
+    said = refused([*arguments, "--training", "00" * 16, "--device", "d", "--site", "x/+"], capsys)
+    assert "--site x/+: give a name" in said
+
+
+@pytest.mark.parametrize("extra", [("--clip", "nan"), ("--clip", "inf"), ("--clip", "1", "--noise", "nan")])
+def test_a_plan_outside_its_ranges_is_refused(tmp_path, capsys, extra):
+    arguments = ["coordinate", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "lead"), *extra]
+    assert "no negative or endless clip" in refused(arguments, capsys)
 
 
 def test_no_key_is_made_for_an_export_that_cannot_be(tmp_path, capsys, monkeypatch):

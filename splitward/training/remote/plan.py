@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -63,10 +64,11 @@ class Plan:
                 f"arrangement {self.arrangement} with {self.clients} clients: single is for one client, the others "
                 "are for two or more."
             )
-        if self.rounds < 1 or self.clip < 0 or self.noise < 0 or self.silence_s <= 0:
+        scales = 0 <= self.clip < math.inf and 0 <= self.noise < math.inf
+        if self.rounds < 1 or not scales or not self.silence_s > 0:
             raise TrainingError(
                 f"rounds {self.rounds}, clip {self.clip}, noise {self.noise}, silence_s {self.silence_s}: give at "
-                "least one round, no negative clip or noise, and a silence over 0."
+                "least one round, no negative or endless clip or noise, and a silence over 0."
             )
         if self.noise and not self.clip:
             raise TrainingError("noise without clip has no scale: give clip, the norm to which it relates.")

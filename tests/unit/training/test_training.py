@@ -154,6 +154,22 @@ def test_damaged_metrics_are_explained(dataset, finished, tmp_path):
         (tmp_path / "metrics.jsonl").write_bytes(damage)
         with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged"):
             run_of(dataset, tmp_path)
+    (tmp_path / "weights.safetensors").touch()
+    for lost in (b"", b'{"epoch": 1}\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(lost)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: is damaged \(the test metrics"):
+            open_run(tmp_path).read_metrics()
+
+
+def test_damaged_weights_are_explained(finished, tmp_path):
+    (tmp_path / "run.json").write_bytes((finished.folder / "run.json").read_bytes())
+    for damage in (b"", b"hello", finished.weights.read_bytes()[:-1]):
+        (tmp_path / "weights.safetensors").write_bytes(damage)
+        with pytest.raises(TrainingError, match=r"weights\.safetensors: is damaged"):
+            open_run(tmp_path).load_network()
+    save_tensors(tmp_path / "weights.safetensors", {"one": torch.zeros(1)})
+    with pytest.raises(TrainingError, match="another network's"):
+        open_run(tmp_path).load_network()
 
 
 def other_than(dataset: Dataset) -> list[Dataset]:
@@ -344,6 +360,7 @@ def test_a_defence_that_does_not_defend_is_refused(dataset, profile, name, value
         ("seed", 10**30, "seed 1000"),
         ("learning_rate", math.nan, "learning rate nan"),
         ("learning_rate", math.inf, "learning rate inf"),
+        ("learning_rate", 1e308, r"learning rate 1e\+308"),
         ("learning_rate", 0.0, r"learning rate 0\.0"),
     ],
 )
