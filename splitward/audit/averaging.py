@@ -33,13 +33,11 @@ class Averaging:
 
     Attributes
     ----------
-    name : str
     decoder : DecoderAttack
     effort : float
         Multiplies the decoder's steps.
     """
 
-    name: str = "averaging"
     decoder: DecoderAttack = MEDIUM
     effort: float = 1.0
 
@@ -47,10 +45,10 @@ class Averaging:
     def card(self) -> ThreatModel:
         """Who the attacker is."""
         if not self.decoder.labelled:
-            return replace(CARD, name=self.name)
+            return CARD
         return replace(
             CARD,
-            name=self.name,
+            name=f"averaging-{self.decoder.size}",
             title=f"{CARD.title} of a known label, mostly for SSIM",
             knows=(*CARD.knows, "auxiliary labels", "label of the target"),
             method=f"{CARD.method} The decoder is told the label of each image.",
@@ -64,5 +62,5 @@ class Averaging:
             return decode(trained, case.captures.mean(0), case.labels)
 
 
-STRONGEST = Averaging("averaging-residual", replace(RESIDUAL, labelled=True, steps=3200))
+STRONGEST = Averaging(replace(RESIDUAL, labelled=True, steps=3200))
 """Everything that helps against a noised release at once: captures, label, SSIM as the aim, and time to learn."""

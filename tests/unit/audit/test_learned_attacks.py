@@ -31,10 +31,8 @@ ATTACKS: dict[str, Attack] = {
     "residual": replace(BRIEF, residual=True, ssim_weight=1.0),
     "labelled": replace(BRIEF, labelled=True),
     "gan": Gan(BRIEF, critic_width=4),
-    "averaging": Averaging(decoder=BRIEF),
-    "averaging-residual": Averaging(
-        "averaging-residual", replace(BRIEF, residual=True, labelled=True, ssim_weight=1.0)
-    ),
+    "averaging": Averaging(BRIEF),
+    "averaging-residual": Averaging(replace(BRIEF, residual=True, labelled=True, ssim_weight=1.0)),
 }
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 
@@ -140,10 +138,7 @@ def test_the_label_alone_gives_the_class_mean() -> None:
 def test_averaging_gains_from_captures() -> None:
     case, originals = case_for("sealed", captures=8)
     noisy = replace(case, captures=case.captures[:1])
-    assert (
-        error(Averaging(decoder=BRIEF), case, originals)
-        <= error(Averaging(decoder=BRIEF), noisy, originals) + 1e-3
-    )
+    assert error(Averaging(BRIEF), case, originals) <= error(Averaging(BRIEF), noisy, originals) + 1e-3
 
 
 def test_noise_is_drawn_afresh_at_every_draw() -> None:
