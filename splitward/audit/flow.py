@@ -151,7 +151,7 @@ def _judge(
     worst = worst_case(rows)
     return {
         "worst": worst,
-        "gates": check_gates(worst, settings.max_ssim, settings.min_mse),
+        "gates": check_gates(rows, settings.max_ssim, settings.min_mse),
         "floors": measure_floors(floors, originals, case.labels),
         "attacks": rows,
         "map_off": summarise_attacks(cells["map off"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -112,9 +114,26 @@ def test_the_worst_case_is_the_strongest_attack_at_inference(small_case, fake, l
     assert worst["mse"]["attack"] == "strong"
     assert worst["mse"]["value"] == pytest.approx(sum(strong["mse_by_seed"]) / 2)
     assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
-    held, broken = check_gates(worst, 0.99, 0.5)
+    held, broken = check_gates(rows, 0.99, 0.5)
     assert (held["broken"], broken["broken"], broken["attack"]) == (False, True, "strong")
-    assert check_gates(worst, None, None) == []
+    assert check_gates(rows, None, None) == []
+
+
+def test_the_worst_case_is_held_against_the_floor_of_its_own_targets():
+    def row(name: str, mse: float, floor: float) -> dict[str, Any]:
+        floors = {"class_mean": {"mse": {"mean": floor}, "ssim": {"mean": 0.0}}}
+        figures = {
+            "ssim": {"mean": 0.1},
+            "ssim_over_floor": 0.1,
+            "mse": {"mean": mse},
+            "mse_of_floor": mse / floor,
+        }
+        return {"name": name, "phase": "inference", "targets": 4, "floors": floors, **figures}
+
+    rows = [row("on easy targets", 0.0143, 0.0140), row("leader", 0.0144, 0.0154)]
+    assert worst_case(rows)["mse"]["attack"] == "leader"
+    (gate,) = check_gates(rows, None, 0.01435)  # a limit is a limit, whoever goes below it
+    assert (gate["attack"], gate["broken"]) == ("on easy targets", True)
 
 
 def test_without_a_finished_attack_there_is_no_worst_case(small_case, fake, ledger):
