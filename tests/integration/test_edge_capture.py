@@ -91,7 +91,7 @@ def test_what_is_sent_by_dicom_is_answered_and_sorted(
 def test_a_receiver_refuses_what_would_fill_the_disk(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
 ) -> None:
-    config, port = receiver(tmp_path, mosquitto, tiny_bundle, min_free_bytes=1 << 60)
+    config, port = receiver(tmp_path, mosquitto, tiny_bundle, min_free_bytes=1 << 50)
     with cloud_at(mosquitto) as cloud, running(config) as reports:
         cloud.wait(lambda: any(one.runtime for one in cloud.statuses.get("device-1", [])))
         assert send(port, [make_dicom(1)]) == [0xA700]
