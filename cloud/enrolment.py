@@ -92,6 +92,7 @@ class Enrolment:
         except MessageError as error:
             raise Problem(403, error.reason, str(error)) from error
         known, enrolled, now_ns = tables.certificates, tables.enrolled, time.time_ns()
+        # `revoke` takes the same row of `enrolled`: it sees the new certificate, or comes first.
         holder = (
             select(known.c.site, known.c.device)
             .join(enrolled, enrolled.c.device == known.c.device)
@@ -100,9 +101,7 @@ class Enrolment:
                 known.c.revoked_at_ns.is_(None),
                 known.c.expires_at_ns > now_ns,
             )
-            .with_for_update(
-                of=enrolled
-            )  # `revoke` takes this row, too: it sees the new certificate, or comes first
+            .with_for_update(of=enrolled)
         )
         async with self._store.write() as connection:
             found = (await connection.execute(holder)).first()

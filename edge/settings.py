@@ -79,9 +79,8 @@ def change_remotely(config: EdgeConfig, arguments: Mapping[str, Any]) -> None:
     with_changes(config, arguments)
     path = _remote_path(config)
     kept = msgspec.json.encode({**(_read_remote(path) if path.exists() else {}), **arguments})
-    with_changes(
-        config, msgspec.json.decode(kept)
-    )  # as it will be read: a start that fails could not be ordered back
+    # As it will be read: a start that fails could not be ordered back.
+    with_changes(config, msgspec.json.decode(kept))
     write_whole(path, kept)
 
 

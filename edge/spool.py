@@ -406,9 +406,8 @@ class Spool:
         self.dropped |= saved.dropped
         self.drop("spool_damaged")
         self.commit()
-        self._database.execute(
-            "PRAGMA wal_checkpoint(TRUNCATE)"
-        ).fetchall()  # into the file that will be renamed
+        # Into the file that will be renamed.
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _first(self, condition: str, values: tuple[bytes | int, ...]) -> Entry | None:
         query = f"SELECT {_COLUMNS} FROM frame WHERE {condition}"  # noqa: S608  # constants of this module
