@@ -64,7 +64,7 @@ def test_the_same_class_for_every_image(both: Both, model: Any, variant: str) ->
     # One noise for both, as in export/parity.py: the device's is keyed by the activation, and a value that
     # crosses a step of the grid would draw another one, which is no difference of the machines.
     grids = [quantise(one, law.grid) for one in both.here[variant]]
-    noise = torch.from_numpy(np.stack([keyed_noise(bytes(32), one) for one in grids]))
+    noise = torch.from_numpy(np.stack([keyed_noise(bytes(32), one, law) for one in grids]))
 
     def decide(activations: NDArray[np.float32]) -> NDArray[np.int64]:
         with torch.no_grad():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -297,9 +299,8 @@ def test_a_cut_at_each_step_of_a_salvage_loses_none_of_what_is_saved(tmp_path: P
     with opened(tmp_path / "sound" / "spool") as spool:
         spool.drop("unreadable")
         add(spool, *(entry(sequence, message(sequence, 500)) for sequence in range(100, 200)))
-        shutil.copytree(
-            tmp_path / "sound", tmp_path / "cut"
-        )  # with its write-ahead log, as a power cut leaves it
+        # With its write-ahead log, as a power cut leaves it.
+        shutil.copytree(tmp_path / "sound", tmp_path / "cut")
     with (tmp_path / "cut" / "spool").open("r+b") as file:
         file.seek(8 * 4096)
         file.write(b"\xff" * 4096)
@@ -321,30 +322,37 @@ def test_a_cut_at_each_step_of_a_salvage_loses_none_of_what_is_saved(tmp_path: P
     assert step > 5
 
 
+CUT = """
+import os, sys
+from pathlib import Path
+from edge.config import SpoolConfig
+from edge.spool import Spool
+
+left = int(sys.argv[2])
+
+def counted(real):
+    def wrapped(*arguments, **named):
+        global left
+        if not left:
+            os._exit(9)
+        left -= 1
+        return real(*arguments, **named)
+    return wrapped
+
+for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "fsync"), (Spool, "commit")):
+    setattr(owner, name, counted(getattr(owner, name)))
+Spool(Path(sys.argv[1]), SpoolConfig())
+"""
+
+
 def open_until(step: int, path: Path) -> bool:
     """Open a spool in a process that ends before it changes the folder, or begins a commit, for the `step`th time;
     whether it ended so."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = step
-
-    def count(real: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            nonlocal left
-            if not left:
-                os._exit(9)
-            left -= 1
-            return real(*arguments, **named)
-
-        return wrapped
-
-    try:
-        for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "fsync"), (Spool, "commit")):
-            setattr(owner, name, count(getattr(owner, name)))
-        Spool(path, FAST, Clock())
-    finally:
-        os._exit(0)
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, path, str(step)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 9), done.stderr
+    return done.returncode == 9
 
 
 def test_a_second_agent_is_kept_out(tmp_path: Path) -> None:

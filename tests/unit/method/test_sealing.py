@@ -31,7 +31,7 @@ def test_training_seals_exactly_as_the_device_does(bound, sigma):
     activations[1] = -bound
     activations[2] = (np.arange(16) + 0.5) * law.grid  # half-way between two steps
     clean = quantise(activations, law.grid)
-    noise = np.stack([keyed_noise(SECRET, row) for row in clean])
+    noise = np.stack([keyed_noise(SECRET, row, law) for row in clean])
     released = np.stack([dequantise(release(row, law, SECRET), law.scale) for row in activations])
     trained = seal(torch.from_numpy(activations), torch.from_numpy(noise))
     assert trained.dtype == torch.float32
