@@ -174,6 +174,8 @@ class Link:
                 self._speak(mqtt5=not self._mqtt5)
             pause_s = first_s if self._greeted else min(2.0 * pause_s, longest_s)
             self._ending.wait(pause_s * random.uniform(0.5, 1.0))  # noqa: S311  # spreads a fleet; no secret
+        if (left := self._client.socket()) is not None:
+            left.close()
 
     def _serve(self) -> MQTTErrorCode:
         """Read and write until the connection ends; why it ended.

@@ -79,6 +79,8 @@ class Cloud:
     def stop(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
+        if (left := self._client.socket()) is not None:  # where the loop ended before its last look
+            left.close()
 
     def order(self, order: Announcement | Command, key: Ed25519PrivateKey) -> str:
         """Send an order as the cloud does; its id."""
