@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 from firmware_sim.broker import Broker, find_mosquitto, start_broker
@@ -22,8 +21,6 @@ from splitward.wire.bundle import InputSpec, Manifest, create_signing_key, publi
 from splitward.wire.release import ReleaseLaw
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")  # no test is timed: these run under emulation and on busy machines
 KINDS = ("onnx", "tflite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 

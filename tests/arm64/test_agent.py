@@ -53,6 +53,7 @@ def runs(emulated_root: Path, unpacked_packages: Path) -> Iterator[dict[str, Fut
         "SPLITWARD_FORBID_SKIPS": "1",
     }
     command = ["/usr/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600"]
+    command += ["--hypothesis-profile", "ci"]  # which does not time what is drawn: this is emulation
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             suite: pool.submit(
