@@ -286,5 +286,5 @@ def is_ended(caller: socket.socket, data: bytes) -> bool:
     except BlockingIOError:
         return False
     except ConnectionError:
-        pass
+        pass  # ended with a reset, where what it sent was not read
     return True
