@@ -57,9 +57,12 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A cluster of two nodes."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Read as Ray is imported. Else a thread of it that outlives the shutdown joins the cluster again, and ends this
+    # process, with code 1 and without a word, as the cluster ends.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     started.add_node(num_cpus=2)
     yield started

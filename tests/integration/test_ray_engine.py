@@ -16,5 +16,5 @@ def test_the_ray_engine_gives_the_local_engines_results_whatever_is_lost() -> No
     trials = Path(__file__).with_name("ray_trials.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(trials)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=880)
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert "3 passed" in done.stdout
