@@ -341,7 +341,7 @@ async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Wh
 async def command(parts: Parts, caller: Operator, site: InPath, device: InPath, body: NewCommand) -> Response:
     """Order one device to do something."""
     _refuse_unsendable(parts, site, device, body)
-    order = await parts.rollouts.command(site, device, body.name, body.arguments, caller.name)
+    order = await parts.orders.command(site, device, body.name, body.arguments, caller.name)
     return as_json({"order": order}, 202)
 
 

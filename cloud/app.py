@@ -24,6 +24,7 @@ from cloud.enrolment import Enrolment
 from cloud.feed import Feed
 from cloud.guard import Guard
 from cloud.metrics import CpuClock, Metrics
+from cloud.orders import Orders
 from cloud.pipeline import Pipeline
 from cloud.problem import answer_with_problems
 from cloud.registry import Registry
@@ -68,7 +69,8 @@ def create_app(
     trusted = read_trusted_key(Path(fleet.trusted_key)) if fleet.trusted_key else None
     registry = Registry(store, state / "bundles", trusted)
     address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"
-    rollouts = Rollouts(store, transport, authority, registry, fleet, address, metrics)
+    orders = Orders(store, transport, authority, fleet, address, metrics)
+    rollouts = Rollouts(store, orders, registry, metrics)
     trainings = Trainings(store, config.broker, state / "trainings", metrics)
     pipeline = Pipeline(
         config,
@@ -78,7 +80,7 @@ def create_app(
         metrics=metrics,
         feed=feed,
         tracing=tracing,
-        on_outcome=rollouts.note_outcome,
+        on_outcome=orders.note_outcome,
     )
     enrolment = Enrolment(store, authority, fleet)
     access = Access(store, config.api)
@@ -93,6 +95,7 @@ def create_app(
         authority,
         enrolment,
         registry,
+        orders,
         rollouts,
         trainings,
         fleet,
@@ -108,7 +111,7 @@ def create_app(
             await engine.start()
             await pipeline.start()
             stack.push_async_callback(pipeline.drain)
-            stack.push_async_callback(rollouts.write_outcomes)
+            stack.push_async_callback(orders.write_outcomes)
             for work in (rollouts.keep(), trainings.keep(), keep_retention(store, config.store, metrics)):
                 stack.push_async_callback(_end, asyncio.create_task(work))
             yield

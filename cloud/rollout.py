@@ -1,8 +1,7 @@
-"""Orders to devices, and staged roll-outs of a bundle: a canary share first, then the rest, halted when it fails.
+"""Staged roll-outs of a bundle: a canary share first, then the rest, halted when it fails.
 
-One worker at a time drives the roll-outs, by a lease in the store; any worker may note outcomes, and halt. What is to
-be said to a device is on its order in the store before it is said, and marked there after: whatever ends a step in its
-midst, the next one says it again, under the same id. A step does a bounded part, within the lease.
+One worker at a time drives the roll-outs, by a lease in the store; any worker may halt one. A step does a bounded part,
+within the lease, and what ends it in its midst is made good by the next (`cloud.orders`).
 """
 
 from __future__ import annotations
@@ -13,42 +12,22 @@ import math
 import re
 import secrets
 import time
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import msgspec
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import (
-    ColumnElement,
-    Select,
-    Subquery,
-    and_,
-    case,
-    exists,
-    func,
-    null,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Select, Subquery, and_, case, exists, func, null, or_, select, update
 from sqlalchemy.engine import RowMapping
-from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import audit, tables
-from cloud.authority import Authority
-from cloud.config import FleetConfig
-from cloud.errors import CloudError, StoreError
+from cloud.errors import CloudError
 from cloud.metrics import RECENT_NS, Metrics
+from cloud.orders import BAD, BATCH, OPEN, Orders, followed, insert, make_order
 from cloud.problem import Problem
 from cloud.record import HEX, NAME, Order
 from cloud.registry import Registry
 from cloud.store import Store, lock_table
-from cloud.transport import Transport
-from splitward.wire import topics
-from splitward.wire.control import Outcome
-from splitward.wire.orders import Announcement, Command, encode_order
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +35,10 @@ PERIOD_S = 1.0
 LEASE_S = 15.0
 GAP_S = 5.0
 """A roll-out that nobody drove for longer waited for a broker, or for a worker."""
-BATCH = 100
-"""Orders that one step makes, sends or withdraws, and outcomes in one commit."""
-RESEND_S = 60.0
-"""Pause before an order without an answer is sent again; each is as long as all before together."""
 LINGER_NS = 30 * 86_400 * 10**9
 """How long a halted roll-out is taken back from devices that answer late."""
-MAX_OUTCOMES = 10_000
 RUNNING = ("canary", "rolling")
 STATES = (*RUNNING, "done", "halted")
-OPEN = ("sent", "accepted")
-BAD = ("refused", "rolled_back", "failed")
-
 
 Row = Mapping[str, Any]
 """A row of `rollouts`, with its bundle's `sha256` and `size`."""
@@ -109,34 +80,17 @@ class Plan(BaseModel):
 
 
 class Rollouts:
-    """Sends orders, notes their outcomes, and drives roll-outs."""
+    """Begins, drives, halts and lists roll-outs."""
 
-    def __init__(
-        self,
-        store: Store,
-        transport: Transport,
-        authority: Authority,
-        registry: Registry,
-        config: FleetConfig,
-        address: str,
-        metrics: Metrics,
-    ) -> None:
-        self._store, self._transport, self._authority, self._registry = store, transport, authority, registry
-        self._ticket_s = config.ticket_s
-        self._address = config.public_url.rstrip("/") or address
-        self._metrics = metrics
-        self._outcomes: deque[tuple[str, str, Outcome]] = deque(maxlen=MAX_OUTCOMES)
-
-    def note_outcome(self, site: str, device: str, outcome: Outcome) -> None:
-        """A device tells what became of an order; written within a second."""
-        self._outcomes.append((site, device, outcome))
+    def __init__(self, store: Store, orders: Orders, registry: Registry, metrics: Metrics) -> None:
+        self._store, self._orders, self._registry, self._metrics = store, orders, registry, metrics
 
     async def keep(self) -> None:
         """Note outcomes and drive the roll-outs, until cancelled."""
         while True:
             await asyncio.sleep(PERIOD_S)
             try:
-                await self.write_outcomes()
+                await self._orders.write_outcomes()
                 await self.step()
                 await self.count()
             except CloudError as error:
@@ -190,18 +144,9 @@ class Rollouts:
         if not await self._change(rollout, RUNNING, "halted", reason, actor):
             raise Problem(404, "not_running", f"no roll-out {rollout} runs.")
 
-    async def command(self, site: str, device: str, name: str, arguments: dict[str, Any], actor: str) -> str:
-        """Send a command; its order's id. `TransportError` without a broker: it is not sent later."""
-        order = _make_order(site, device, "command", name, arguments=arguments, published_at_ns=time.time_ns())
-        async with self._store.write() as connection:
-            (order,) = await _insert(connection, [order])
-            await audit.record(connection, actor, f"order.{name}", f"{site}/{device}", id=order.id)
-        self._publish(order)
-        return order.id
-
     async def step(self) -> None:
         """Do the next part of every roll-out, if this worker has a broker and no other one does it."""
-        if not (self._transport.connected and await self._store.take_lease("rollouts", LEASE_S)):
+        if not (self._orders.connected and await self._store.take_lease("rollouts", LEASE_S)):
             return
         await self._wind_down()
         rollouts, bundles = tables.rollouts, tables.bundles.c
@@ -225,36 +170,6 @@ class Rollouts:
         for name in STATES:
             self._metrics.rollouts.labels(name).set(counts.get(name, 0))
 
-    # --- what devices say ------------------------------------------------------------------------------------
-
-    async def write_outcomes(self) -> None:
-        """Write what devices said; a later state of an order never gives way to `accepted`."""
-        while self._outcomes:
-            some = [self._outcomes.popleft() for _ in range(min(BATCH, len(self._outcomes)))]
-            try:
-                await self._write(some)
-            except StoreError:
-                self._outcomes.extendleft(reversed(some))
-                raise
-
-    async def _write(self, outcomes: Sequence[tuple[str, str, Outcome]]) -> None:
-        """Write them in one commit; what the store can never hold is dropped, and holds up nothing else."""
-        # In one order: two workers that heard the same would lock each other out.
-        ordered = sorted(outcomes, key=lambda one: one[2].of)
-        try:
-            async with self._store.write() as connection:
-                for one in ordered:
-                    await connection.execute(_note(*one))
-        except StoreError as error:
-            if not isinstance(error.__cause__, DataError):
-                raise
-            if len(outcomes) > 1:
-                for one in ordered:
-                    await self._write([one])
-                return
-            self._metrics.failures.labels("rollout").inc()
-            log.warning("an outcome is dropped: %s", error)
-
     # --- a roll-out that runs --------------------------------------------------------------------------------
 
     async def _advance(self, rollout: Row) -> None:
@@ -273,11 +188,13 @@ class Rollouts:
         async with self._store.write() as connection:
             driven = await _drive(connection, rollout)
             if driven is not None:
-                await _insert(connection, [_announce(rollout, device) for device in untold])
-        if driven is not None and (due := await self._due(tables.orders.c.rollout == rollout["id"], "bundle")):
+                await insert(connection, [_announce(rollout, device) for device in untold])
+        if driven is not None and (
+            due := await self._orders.due(tables.orders.c.rollout == rollout["id"], "bundle")
+        ):
             async with self._store.write() as connection:
                 if await _drive(connection, driven) is not None:
-                    await self._send(connection, due, driven)
+                    await self._orders.send(connection, due, driven)
 
     async def _resume(self, rollout: Row) -> None:
         """Nobody with a broker drove the roll-out for a while: no device could answer, so none is late by that."""
@@ -336,72 +253,22 @@ class Rollouts:
             select(tables.orders).where(orders.rollout.in_(halted), orders.kind == "bundle").limit(BATCH)
         )
         kept = announced.where(
-            orders.published_at_ns.is_not(None), orders.withdrawn_at_ns.is_(None), ~_followed(bundles_only=True)
+            orders.published_at_ns.is_not(None), orders.withdrawn_at_ns.is_(None), ~followed(bundles_only=True)
         )
         taken = announced.where(
             orders.rollout.in_(halted.where(rollouts.roll_back)),
             orders.state == "done",
-            ~_followed(bundles_only=False),
+            ~followed(bundles_only=False),
         )
         if back := await self._store.read(taken):
             async with self._store.write() as connection:
-                await _insert(connection, map(_order_back, back))
+                await insert(connection, map(_order_back, back))
         withdrawn = await self._store.read(kept)
-        due = await self._due(orders.rollout.in_(halted), "command")
+        due = await self._orders.due(orders.rollout.in_(halted), "command")
         if withdrawn or due:
             async with self._store.write() as connection:
-                for row in withdrawn:
-                    self._transport.publish(topics.bundle(row["site"], row["device"]), b"", retain=True)
-                await _mark(connection, withdrawn, "withdrawn_at_ns")
-                await self._send(connection, due)
-
-    # --- sending ---------------------------------------------------------------------------------------------
-
-    async def _due(self, which: ColumnElement[bool], kind: str) -> Sequence[RowMapping]:
-        """Orders of roll-outs to be published: for the first time, again without an answer, or as tickets end."""
-        orders, now_ns = tables.orders.c, time.time_ns()
-        since_ns = now_ns - orders.published_at_ns
-        again = (since_ns > int(RESEND_S * 1e9)) & (since_ns > orders.published_at_ns - orders.sent_at_ns)
-        ends = since_ns > int(self._ticket_s / 2 * 1e9)
-        query = select(tables.orders).where(
-            which,
-            orders.kind == kind,
-            orders.state == "sent",
-            or_(orders.published_at_ns.is_(None), again, (orders.kind == "bundle") & ends),
-            ~_followed(bundles_only=True),
-        )
-        return await self._store.read(query.order_by(orders.serial).limit(BATCH))
-
-    async def _send(
-        self, connection: AsyncConnection, due: Sequence[RowMapping], bundle: Row | None = None
-    ) -> None:
-        """Publish orders that were kept earlier, and mark them."""
-        for row in due:
-            self._publish(Order(**row), bundle)
-        await _mark(connection, due, "published_at_ns")
-
-    def _publish(self, order: Order, bundle: Row | None = None) -> None:
-        """Give the broker an order, the announcement of `bundle` where there is one; `TransportError` without one."""
-        site, device = order.site, order.device
-        if bundle is None:
-            topic = topics.command(site, device)
-            message: Announcement | Command = msgspec.convert(order, Command, from_attributes=True)
-        else:
-            topic = topics.bundle(site, device)
-            ticket = self._authority.ticket(order.model, device, int(time.time() + self._ticket_s))
-            message = Announcement(
-                id=order.id,
-                serial=order.serial,
-                site=site,
-                device=device,
-                model=order.model,
-                url=f"{self._address}/v1/bundles/{order.model}/file?ticket={ticket}",
-                sha256=bundle["sha256"],
-                size=bundle["size"],
-                allow_older=order.arguments.get("allow_older", False),
-            )
-        payload = encode_order(message, self._authority.order_key)
-        self._transport.publish(topic, payload, retain=bundle is not None)
+                await self._orders.withdraw(connection, withdrawn)
+                await self._orders.send(connection, due)
 
 
 def _judge(rollout: Row, tally: Mapping[str, int], limit: int) -> tuple[str, str] | None:
@@ -445,50 +312,13 @@ def _with_orders(query: Select[Any], fleet: Subquery, rollout: Row) -> Select[An
     return query.select_from(fleet.outerjoin(tables.orders, same))
 
 
-def _followed(*, bundles_only: bool) -> ColumnElement[bool]:
-    """Whether the device has had a later bundle, or command to go back, than the order at hand."""
-    orders, later = tables.orders.c, tables.orders.alias("later").c
-    kind = later.kind == "bundle"
-    return exists().where(
-        later.device == orders.device,
-        later.serial > orders.serial,
-        later.site == orders.site,
-        kind if bundles_only else kind | (later.name == "rollback"),
-    )
-
-
-def _note(site: str, device: str, outcome: Outcome) -> Any:
-    """The statement that writes an outcome, of the device's own order."""
-    orders = tables.orders
-    return (
-        update(orders)
-        .where(
-            orders.c.id == outcome.of,
-            orders.c.site == site,
-            orders.c.device == device,
-            orders.c.state.in_(OPEN),
-        )
-        .values(
-            state=outcome.state,
-            reason=outcome.reason[:64],
-            message=outcome.message[:1000],
-            answered_at_ns=time.time_ns(),
-        )
-    )
-
-
-def _make_order(site: str, device: str, kind: str, name: str, **more: Any) -> Order:
-    identifier, now_ns = secrets.token_hex(16), time.time_ns()
-    return Order(id=identifier, site=site, device=device, kind=kind, name=name, sent_at_ns=now_ns, **more)
-
-
 def _order_back(taken: RowMapping) -> Order:
-    return _make_order(taken["site"], taken["device"], "command", "rollback", rollout=taken["rollout"])
+    return make_order(taken["site"], taken["device"], "command", "rollback", rollout=taken["rollout"])
 
 
 def _announce(rollout: Row, device: RowMapping) -> Order:
     runs = device["status"].get("model", "")
-    return _make_order(
+    return make_order(
         device["site"],
         device["device"],
         "bundle",
@@ -499,24 +329,3 @@ def _announce(rollout: Row, device: RowMapping) -> Order:
         canary=rollout["state"] == "canary",
         arguments={"allow_older": rollout["allow_older"]},
     )
-
-
-async def _insert(connection: AsyncConnection, orders: Iterable[Order]) -> list[Order]:
-    """Keep new orders; each gets a serial above every earlier one's, and above those of a store that was lost."""
-    serial, device = tables.orders.c.serial, tables.orders.c.device
-    new = list(orders)
-    if not new:
-        return []
-    query = select(device, func.max(serial)).where(device.in_({one.device for one in new})).group_by(device)
-    last: dict[str, int] = {row[0]: row[1] for row in await connection.execute(query)}
-    for at, order in enumerate(new):
-        last[order.device] = max(order.sent_at_ns, last.get(order.device, 0) + 1)
-        new[at] = msgspec.structs.replace(order, serial=last[order.device])
-    await connection.execute(tables.orders.insert(), [msgspec.structs.asdict(one) for one in new])
-    return new
-
-
-async def _mark(connection: AsyncConnection, rows: Sequence[RowMapping], when: str) -> None:
-    """Note on orders that `when` is now."""
-    change = update(tables.orders).where(tables.orders.c.id.in_([row["id"] for row in rows]))
-    await connection.execute(change.values({when: time.time_ns()}))

@@ -19,6 +19,7 @@ from cloud.enrolment import Enrolment
 from cloud.errors import StoreError
 from cloud.feed import Feed
 from cloud.metrics import Metrics
+from cloud.orders import Orders
 from cloud.pipeline import Pipeline
 from cloud.registry import Registry
 from cloud.rollout import Rollouts
@@ -45,6 +46,7 @@ class Service:
     authority: Authority
     enrolment: Enrolment
     registry: Registry
+    orders: Orders
     rollouts: Rollouts
     trainings: Trainings
     fleet: FleetConfig

@@ -17,11 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sqlalchemy import update
 
-from cloud import audit, ledger, rollout, tables
+from cloud import audit, ledger, orders, rollout, tables
 from cloud.authority import RENEWAL
 from cloud.config import ApiConfig, StoreConfig
 from cloud.errors import TransportError
 from cloud.logs import JsonFormatter, TextFormatter
+from cloud.orders import Orders
 from cloud.rollout import Rollouts
 from cloud.store import Store
 from splitward.wire import topics
@@ -273,7 +274,7 @@ def retained(cloud) -> set[str]:
 async def tell(cloud, order, state: str) -> None:
     outcome = encode_control(Outcome(order.id, "bundle", state))
     await cloud.transport.send(topics.outcome("ward", order.device), outcome)
-    await cloud.parts.rollouts.write_outcomes()
+    await cloud.parts.orders.write_outcomes()
 
 
 async def answer(cloud, order, state: str) -> None:
@@ -347,12 +348,13 @@ async def test_another_devices_outcome_changes_nothing(fleet, tiny_bundle):
     await fleet.transport.send(
         topics.outcome("ward", "pi-1"), encode_control(Outcome(order.id, "bundle", "failed"))
     )
-    await fleet.parts.rollouts.write_outcomes()
+    await fleet.parts.orders.write_outcomes()
     assert (await latest(fleet))["orders"] == {"sent": 1}
 
 
 async def test_after_a_halt_nothing_more_is_announced(either_fleet, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(rollout, "BATCH", 2)
+    for module in (orders, rollout):
+        monkeypatch.setattr(module, "BATCH", 2)
     fleet = either_fleet
     name = await start_rollout(fleet, tiny_bundle, devices=9, canary_share=1.0)
     assert len(announced(fleet)) == 6
@@ -366,14 +368,15 @@ async def test_after_a_halt_nothing_more_is_announced(either_fleet, tiny_bundle,
     assert len(fleet.transport.orders) == said
 
 
-@pytest.mark.parametrize(("look", "state"), [("_tally", "sent"), ("_tally", "done"), ("_due", "sent")])
+@pytest.mark.parametrize(("look", "state"), [("_tally", "sent"), ("_tally", "done"), ("due", "sent")])
 async def test_a_halt_between_a_look_and_its_consequence_stands(fleet, tiny_bundle, monkeypatch, look, state):
     """Whether the look would have moved the roll-out on, made orders, or sent them."""
     name = await start_rollout(fleet, tiny_bundle, devices=4, canary_share=0.5)
     for order in announced(fleet).values():
         await tell(fleet, order, state) if state == "done" else await age_orders(fleet, 61, "published_at_ns")
-    rollouts, told = fleet.parts.rollouts, len(sent(fleet, "bundle"))
-    true_look = getattr(rollouts, look)
+    told = len(sent(fleet, "bundle"))
+    looker = fleet.parts.orders if look == "due" else fleet.parts.rollouts
+    true_look = getattr(looker, look)
 
     async def slow_look(*of_what):
         seen = await true_look(*of_what)
@@ -382,8 +385,8 @@ async def test_a_halt_between_a_look_and_its_consequence_stands(fleet, tiny_bund
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollouts, look, slow_look)
-        await rollouts.step()
+        patch.setattr(looker, look, slow_look)
+        await fleet.parts.rollouts.step()
     await steps(fleet)
     assert (await latest(fleet))["state"] == "halted"
     assert len(sent(fleet, "bundle")) == told
@@ -516,13 +519,13 @@ async def test_an_order_without_an_answer_is_sent_again_less_and_less_often_whil
 
 async def test_two_workers_at_once_order_each_device_once(either_fleet, tiny_bundle, monkeypatch):
     monkeypatch.setattr(rollout, "LEASE_S", 0.0)  # as if the first one had stood still
-    monkeypatch.setattr(rollout, "BATCH", 3)
+    for module in (orders, rollout):
+        monkeypatch.setattr(module, "BATCH", 3)
     fleet, parts = either_fleet, either_fleet.parts
     await start_rollout(fleet, tiny_bundle, devices=8, canary_share=0.5)
     other_store = Store(StoreConfig(parts.store.url))
-    other = Rollouts(
-        *(other_store, fleet.transport, parts.authority, parts.registry, parts.fleet, "", parts.metrics)
-    )
+    other_orders = Orders(*(other_store, fleet.transport, parts.authority, parts.fleet, "", parts.metrics))
+    other = Rollouts(other_store, other_orders, parts.registry, parts.metrics)
     for _ in range(6):
         await asyncio.gather(parts.rollouts.step(), other.step())
     await other_store.close()
@@ -541,11 +544,11 @@ async def test_an_outcome_that_the_store_cannot_hold_holds_up_no_other(either_fl
     fleet = either_fleet
     await start_rollout(fleet, tiny_bundle, devices=2, canary_share=1.0)
     orders = announced(fleet)
-    note = fleet.parts.rollouts.note_outcome
+    note = fleet.parts.orders.note_outcome
     note("ward", "pi-0", Outcome(orders["pi-0"].id, "bundle", "accepted"))
     note("ward", "evil", Outcome("0\0", "bundle", "failed", "\0"))
     note("ward", "pi-1", Outcome(orders["pi-1"].id, "bundle", "done"))
-    await fleet.parts.rollouts.write_outcomes()
+    await fleet.parts.orders.write_outcomes()
     assert (await latest(fleet))["orders"] == {"accepted": 1, "done": 1}
 
 
@@ -569,7 +572,7 @@ async def test_an_enrolled_device_speaks_for_its_own_site_only(fleet, tiny_bundl
     await fleet.parts.pipeline._ledger.write()
     letters = await fleet.parts.store.dead_letters()
     assert [one.reason for one in letters] == ["wrong_site"] * 4
-    assert not fleet.parts.rollouts._outcomes
+    assert not fleet.parts.orders._outcomes
     listed = await fleet.parts.store.devices()
     assert [(one.site, one.device) for one in listed] == [("ward", "pi-0"), ("ward", "pi-1"), ("ward", "zz")]
 
