@@ -189,7 +189,13 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--values", type=int, help="sealed: values of the bottleneck")
     parser.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
+    parser.add_argument(
+        "--spread", choices=("class", "frame"), help="sealed: whose spread the entropy term takes"
+    )
     parser.add_argument("--entropy-weight", type=float, help="sealed: weight of the entropy term")
+    parser.add_argument(
+        "--captures", type=int, help="sealed: captures of a scene that the entropy term reckons with"
+    )
     parser.add_argument("--eps", type=float, help="psgl, sealed: budget of the map")
     parser.add_argument("--gamma", type=float, help="psgl, sealed: fraction of the pixels that keep their map")
     parser.add_argument("--map", choices=("logits", "probabilities"), help="psgl, sealed: outputs of the map")
@@ -220,7 +226,10 @@ def _settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
     split = split_settings(
         dataset,
         arguments.defence,
-        seal={"values": arguments.values, "sigma": arguments.sigma, "entropy_weight": arguments.entropy_weight},
+        seal={
+            name: getattr(arguments, name)
+            for name in ("values", "sigma", "entropy_weight", "spread", "captures")
+        },
         saliency={"eps": arguments.eps, "gamma": arguments.gamma, "outputs": arguments.map},
     )
     return dataset, RunSettings(

@@ -6,9 +6,13 @@ The bound comes before the noise, so training cannot scale the noise away. This 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Spread = Literal["class", "frame"]
 
 LEAK = 0.1
 """Share of the gradient that passes the bound in training (our choice, on validation data)."""
@@ -75,11 +79,15 @@ class Seal(nn.Module):
         return torch.round(bounded.detach().double() / grid).clamp(-127, 127) * grid
 
 
-def conditional_entropy(bounded: Tensor, labels: Tensor, classes: int, sigma: float) -> Tensor:
-    """Entropy term: mean log of (within-class variance + sigma^2) of the released values; a scalar to minimise.
+def conditional_entropy(
+    bounded: Tensor, labels: Tensor, classes: int, sigma: float, spread: Spread = "class"
+) -> Tensor:
+    """Entropy term: mean log of (spread + sigma^2) of the released values; a scalar to minimise.
 
-    After CEM (Xia et al., CVPR 2025), with one Gaussian for each class: it bounds what the released values tell
-    of the frame beyond its label.
+    The spread of a class is its variance, of each value: after CEM (Xia et al., CVPR 2025), with one Gaussian for each
+    class, it bounds what the released values tell of the frame beyond its label. That of a frame is its mean squared
+    distance from the mean of its class (our choice): a frame that is hard to tell pulls less on the others and is
+    pulled less itself, which costs less accuracy for the same leakage.
 
     Parameters
     ----------
@@ -91,6 +99,8 @@ def conditional_entropy(bounded: Tensor, labels: Tensor, classes: int, sigma: fl
     counts = one_hot.sum(0).clamp_min(1)
     means = (one_hot.T @ bounded) / counts[:, None]
     deviations = (bounded - means[labels]).square()
+    if spread == "frame":
+        return torch.log(deviations.mean(1) + sigma * sigma).mean()
     variances = (one_hot.T @ deviations) / counts[:, None]
     shares = one_hot.sum(0) / len(labels)
     return (shares[:, None] * torch.log(variances + sigma * sigma)).sum(0).mean()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from splitward.method.compared import Adversary, LabelServer
 from splitward.method.halves import ClientHalf, Kind, NetworkSettings, ServerHalf, StreamOutputs
 from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
-from splitward.method.sealing import Seal
+from splitward.method.sealing import Seal, Spread
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class DefenceSettings:
         Standard deviation of the noise on the released tensor.
     entropy_weight, correlation_weight, adversary_weight : float
         Of the conditional-entropy term, of NoPeek's distance correlation and of ResSFL's adversary.
+    spread : "class" or "frame"
+        Whose spread the entropy term takes: the variance of a class, after CEM, or each frame's distance from its mean.
+    captures : int
+        Of one scene, over whose noise the attacker that the entropy term reckons with averages.
     """
 
     profile: str
@@ -41,6 +45,8 @@ class DefenceSettings:
     entropy_weight: float = 0.0
     correlation_weight: float = 0.0
     adversary_weight: float = 0.0
+    spread: Spread = "class"
+    captures: int = 1
 
 
 DEFENCES: dict[str, DefenceSettings] = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitward.audit.attacks import CEILING, QUICK
+from splitward.method.sealing import Spread
 from splitward.method.split import COMPARED, DEFENCES
 
 CAPTURES = 8
@@ -36,6 +37,8 @@ class Plan:
         Schedule of every defence alike.
     auxiliary, targets : int
         Most images of the attacker's own, and of its targets.
+    seal : dict
+        What of `sealed`'s settings the search chose otherwise than the profile has them.
     resplit : bool
         Whether each target seed draws its own split by patient: for small data, where one split is luck.
     variants : dict of str to dict
@@ -54,40 +57,48 @@ class Plan:
     auxiliary: int = 5_000
     targets: int = 300
     resplit: bool = False
+    seal: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("mnist", "mnist", None, None, epochs=6, batch=128, shift=1),
+        Plan(
+            "mnist",
+            "mnist",
+            None,
+            None,
+            epochs=6,
+            batch=128,
+            shift=1,
+            seal={"entropy_weight": 0.15, "spread": "frame", "captures": 8},
+        ),
         Plan("pneumoniamnist", "pneumoniamnist.npz", None, None, epochs=30, batch=64, shift=2),
         Plan("mias", "mias", "roi", 64, epochs=15, batch=32, shift=4, resplit=True),
     )
 }
 
 
-def _variants(*rows: tuple[int, float, float, float]) -> dict[str, dict[str, Any]]:
-    names = ("values", "sigma", "entropy_weight", "adversary_weight")
+def _variants(*rows: tuple[int, float, float, float, Spread, int]) -> dict[str, dict[str, Any]]:
+    names = ("values", "sigma", "entropy_weight", "adversary_weight", "spread", "captures")
     return {
-        f"k{values}_s{sigma:g}_e{entropy:g}_a{adversary:g}": dict(
-            zip(names, (values, sigma, entropy, adversary), strict=True)
-        )
-        for values, sigma, entropy, adversary in rows
+        f"k{row[0]}_s{row[1]:g}_e{row[2]:g}_a{row[3]:g}_{row[4]}{row[5]}": dict(zip(names, row, strict=True))
+        for row in rows
     }
 
 
 _SMALL = _variants(
-    (16, 0.3, 0.2, 0.0),
-    (16, 0.3, 0.5, 0.0),
-    (16, 0.5, 1.0, 0.0),
-    (8, 0.5, 1.0, 0.0),
-    (16, 0.3, 0.5, 0.3),
-    (16, 0.3, 0.15, 0.0),
-    (16, 0.3, 0.1, 0.0),
-    (16, 0.3, 0.05, 0.0),
-    (16, 0.2, 0.1, 0.0),
-    (16, 0.2, 0.05, 0.0),
+    (16, 0.3, 0.1, 0.0, "class", 1),
+    (16, 0.3, 0.1, 0.0, "class", 8),
+    (16, 0.3, 0.3, 0.0, "class", 8),
+    (16, 0.3, 0.05, 0.0, "frame", 8),
+    (16, 0.3, 0.15, 0.0, "frame", 8),
+    (16, 0.3, 0.3, 0.0, "frame", 8),
+    (16, 0.2, 0.05, 0.0, "class", 1),
+    (16, 0.3, 0.5, 0.0, "class", 1),
+    (16, 0.3, 0.5, 0.3, "class", 1),
+    (8, 0.5, 1.0, 0.0, "class", 1),
 )
 SEARCHES = {
     plan.name: plan
@@ -96,7 +107,7 @@ SEARCHES = {
         Plan("pneumoniamnist", "pneumoniamnist.npz", None, None, epochs=20, batch=64, shift=2, variants=_SMALL),
     )
 }
-SEARCH_ATTACKS = (CEILING, "decoder-residual", "decoder-label-conditioned")
+SEARCH_ATTACKS = (CEILING, "decoder-residual", "decoder-label-conditioned", "averaging-residual")
 
 DEFENCE_NAMES = (*DEFENCES, *COMPARED)
 

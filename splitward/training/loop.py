@@ -170,7 +170,10 @@ def client_loss(
         total = total + F.cross_entropy(local_logits, labels)
     if defence.entropy_weight:
         classes = network.settings.network.classes
-        total = total + defence.entropy_weight * conditional_entropy(activation, labels, classes, defence.sigma)
+        term = conditional_entropy(
+            activation, labels, classes, defence.sigma / defence.captures**0.5, defence.spread
+        )
+        total = total + defence.entropy_weight * term
     if defence.correlation_weight:
         total = total + defence.correlation_weight * distance_correlation(frames, activation)
     if network.adversary is not None:

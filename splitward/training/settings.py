@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from splitward.data import Dataset
 from splitward.errors import TrainingError
 from splitward.method.halves import NetworkSettings
+from splitward.method.sealing import Spread
 from splitward.method.split import COMPARED, DEFENCES, DefenceSettings, SplitSettings
 from splitward.wire.release import ReleaseLaw
 
@@ -15,10 +16,18 @@ SMALL_SIDE = 32
 """Frames up to this side get the paper's small network, larger ones the residual one."""
 RESIDUAL_VALUES = 64
 """Bottleneck of `sealed` for the residual network, whose frames and tasks are larger."""
-_SEAL = ("values", "sigma", "entropy_weight")
+_SEAL = {
+    "values": "values",
+    "sigma": "sigma",
+    "entropy_weight": "entropy_weight",
+    "spread": "entropy_weight",
+    "captures": "entropy_weight",
+}
+"""What of a seal may be changed, and the setting without which there is none of it."""
 MAX_VALUES = 65_536
 MAX_WEIGHT = 100
 """Of a sigma and of a loss term."""
+MAX_CAPTURES = 1_000
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**32 - 1
 MAX_RATE = 1e30
@@ -148,6 +157,9 @@ def _check_defence(defence: DefenceSettings) -> None:
     _refuse_outside(("values", defence.values, 1 if own.values else 0, MAX_VALUES))
     for name in ("sigma", "entropy_weight", "correlation_weight", "adversary_weight"):
         _refuse_outside((name.replace("_", " "), getattr(defence, name), 0, MAX_WEIGHT))
+    _refuse_outside(("captures", defence.captures, 1, MAX_CAPTURES))
+    if defence.spread not in get_args(Spread):
+        raise TrainingError(f"spread {defence.spread}: give class or frame.")
     if own.sigma and not defence.sigma:
         raise TrainingError(f"sigma 0: {defence.profile} protects by noise. Give a sigma over 0.")
     if defence.map is not None:
@@ -164,7 +176,7 @@ def _refuse_outside(*values: tuple[str, float, float, float]) -> None:
 def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str, Any]) -> DefenceSettings:
     seal = {name: value for name, value in seal.items() if value is not None}
     saliency = {name: value for name, value in saliency.items() if value is not None}
-    if lacking := [name for name in _SEAL if name in seal and not getattr(defence, name)]:
+    if lacking := [name for name, own in _SEAL.items() if name in seal and not getattr(defence, own)]:
         raise TrainingError(f"{defence.profile} has no seal: {', '.join(lacking)} cannot be given. Use sealed.")
     if "values" in seal and defence.bottleneck == "label":
         raise TrainingError("label releases a value for each class: values cannot be given.")

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from splitward.errors import SplitwardError, TrainingError
+from splitward.method.sealing import Spread
 from splitward.training.remote.carrier import TICK_S, Broker, run_server
 from splitward.training.remote.halves import Schedule
 from splitward.training.remote.journal import take_lock
@@ -47,6 +48,8 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: int | None = None
     sigma: float | None = None
     entropy_weight: float | None = None
+    spread: Spread | None = None
+    captures: int | None = None
     epochs: int = 5
     batch: int = 128
     learning_rate: float = 3e-3
@@ -65,6 +68,7 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The plan; `TrainingError` where there is none."""
         seal: dict[str, Any] = {
             "values": self.values, "sigma": self.sigma, "entropy_weight": self.entropy_weight,
+            "spread": self.spread, "captures": self.captures,
         }  # fmt: skip
         try:
             split = frame_settings(self.channels, self.side, self.classes, self.defence, seal=seal)

@@ -74,11 +74,27 @@ def test_conditional_entropy_by_hand():
     assert uneven.item() == pytest.approx((0.75 * first + 0.25 * 2 * math.log(0.25)) / 2, rel=1e-6)
 
 
-def test_conditional_entropy_falls_as_a_class_draws_together():
+def test_the_entropy_of_frames_by_hand_and_their_outlier_pulls_less():
+    bounded = torch.tensor([[0.0, 1.0], [2.0, 1.0], [5.0, -1.0], [5.0, -3.0]])
+    found = conditional_entropy(bounded, torch.tensor([0, 0, 2, 2]), 3, 0.5, "frame")
+    expected = math.log(0.5 + 0.25)  # each frame is 1 from its mean in one of two values
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    outlier = torch.zeros(20, 1)
+    outlier[3] = 1
+    pulls = {}
+    for spread in ("class", "frame"):
+        bounded = outlier.clone().requires_grad_()
+        conditional_entropy(bounded, torch.zeros(20, dtype=torch.int64), 1, 0.1, spread).backward()
+        pulls[spread] = bounded.grad[3].item() / bounded.grad[0].abs().item()
+    assert pulls["frame"] < pulls["class"] / 2
+
+
+@pytest.mark.parametrize("spread", ["class", "frame"])
+def test_conditional_entropy_falls_as_a_class_draws_together(spread):
     labels = torch.arange(40) % 4
     bounded = torch.rand(40, 8, requires_grad=True)
-    before = conditional_entropy(bounded, labels, 4, 0.3)
+    before = conditional_entropy(bounded, labels, 4, 0.3, spread)
     before.backward()
-    after = conditional_entropy(bounded - 0.1 * bounded.grad, labels, 4, 0.3)
+    after = conditional_entropy(bounded - 0.1 * bounded.grad, labels, 4, 0.3, spread)
     assert after < before
     assert after >= 2 * math.log(0.3)  # the noise is its floor

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from splitward.data import Dataset, Split, phantom
 from splitward.errors import TrainingError
-from splitward.method.split import COMPARED, DEFENCES, SplitSettings
+from splitward.method.split import COMPARED, DEFENCES, SplitNetwork, SplitSettings
 from splitward.training import loop
 from splitward.training.loop import train
 from splitward.training.run import Run, open_run, save_tensors
@@ -291,6 +291,20 @@ def test_settings_survive_json(dataset, profile):
     assert SplitSettings.from_dict(json.loads(json.dumps(settings.split.to_dict()))) == settings.split
 
 
+def test_the_entropy_term_reckons_with_an_attacker_who_averages(dataset):
+    """What one noisy capture hides well enough, the mean of many does not: the term draws it together further."""
+    frames, labels = loop.to_unit(loop.frames_of(dataset.train)), torch.from_numpy(dataset.train.labels)
+    pulls = []
+    for captures in (1, 64):
+        network = SplitNetwork(split_settings(dataset, "sealed", seal={"captures": captures}))
+        activation = (
+            0.01 * torch.randn(len(labels), 16, generator=torch.Generator().manual_seed(0))
+        ).requires_grad_()
+        loop.client_loss(network, activation, activation.detach(), None, frames, labels).backward()
+        pulls.append(activation.grad.norm())
+    assert 10 < pulls[1] / pulls[0] < 64
+
+
 def test_settings_follow_profile_and_frames(dataset):
     sealed = split_settings(dataset, "sealed", seal={"values": 8, "sigma": None}, saliency={"eps": 0.2})
     assert sealed.defence.values == sealed.network.values == 8
@@ -313,6 +327,7 @@ def test_settings_follow_profile_and_frames(dataset):
         ("secret", {}, "choose none, psgl, sealed"),
         ("none", {"seal": {"values": 8}}, "has no seal"),
         ("psgl", {"seal": {"sigma": 0.1}}, "has no seal"),
+        ("gaussian", {"seal": {"captures": 8}}, "has no seal: captures"),
         ("gaussian", {"seal": {"values": 8}}, "has no seal: values"),
         ("label", {"seal": {"values": 8}}, "a value for each class"),
         ("none", {"saliency": {"eps": 0.1}}, "has no map"),
@@ -329,8 +344,8 @@ def test_what_a_profile_does_not_have_is_refused(dataset, profile, changes, mess
         ("sealed", "values", 0), ("sealed", "values", -3), ("sealed", "values", 10**9), ("ressfl", "values", 0),
         ("sealed", "sigma", 0.0), ("sealed", "sigma", -1.0), ("sealed", "sigma", math.nan),
         ("sealed", "sigma", math.inf), ("gaussian", "sigma", 0.0), ("sealed", "entropy_weight", -5.0),
-        ("sealed", "entropy_weight", math.nan), ("psgl", "eps", -1.0), ("psgl", "eps", math.nan),
-        ("psgl", "gamma", 3.0),
+        ("sealed", "entropy_weight", math.nan), ("sealed", "captures", 0), ("sealed", "spread", "all"),
+        ("psgl", "eps", -1.0), ("psgl", "eps", math.nan), ("psgl", "gamma", 3.0),
     ],
 )  # fmt: skip
 def test_a_defence_that_does_not_defend_is_refused(dataset, profile, name, value):
