@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from splitward.audit.metrics import roc_auc
+
 SHOTS = 5
 ROUNDS = 20
 
@@ -87,12 +89,7 @@ def infer_labels(gradients: Tensor, labels: Tensor, classes: int, *, seed: int =
 
 def _auc(scores: Tensor, labels: Tensor) -> float:
     """Of the better of the two orders: the attacker need not know which class is which."""
-    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[inverse]  # ties share their mean rank
-    positive = labels == 1
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    auc = float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    auc = roc_auc(torch.stack([-scores, scores], dim=1), labels)
     return max(auc, 1 - auc)
 
 

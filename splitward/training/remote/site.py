@@ -125,10 +125,13 @@ def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], o
     """
     card = folder / "training.json"
     if card.exists():
-        kept = json.loads(card.read_text(encoding="utf-8"))
-        if Plan.from_dict(kept["plan"]).digest != plan.digest:
+        try:
+            kept = json.loads(card.read_bytes())
+            begun, training = Plan.from_dict(kept["plan"]), bytes.fromhex(kept["training"])
+        except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
+            raise TrainingError(f"{card}: cannot be used: {error!r}. Give another --out.") from error
+        if begun.digest != plan.digest:
             raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
-        training = bytes.fromhex(kept["training"])
     else:
         folder.mkdir(parents=True, exist_ok=True)
         training = secrets.token_bytes(16)

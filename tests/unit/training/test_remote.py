@@ -27,6 +27,7 @@ from splitward.data.partition import partition
 from splitward.errors import HijackError, MessageError, TrainingError
 from splitward.training.guard import GuardSettings
 from splitward.training.loop import reproducible, train
+from splitward.training.remote.carrier import Broker
 from splitward.training.remote.client import Client
 from splitward.training.remote.envelope import open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_round
@@ -35,6 +36,7 @@ from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, store, store_rows
 from splitward.training.remote.privacy import clip_rows, epsilon
 from splitward.training.remote.server import Server
+from splitward.training.remote.site import coordinate
 from splitward.training.remote.state import state_of
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
@@ -682,3 +684,13 @@ def test_a_damaged_snapshot_is_an_error(tmp_path):
     (tmp_path / "snapshot-7.safetensors").write_bytes(b"damage")
     with pytest.raises(TrainingError, match=r"snapshot-7.*Begin this training again"):
         Journal(tmp_path).snapshot()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"\xff", b'{"plan": {}, "training": ""}', b'{"plan": 1, "training": 2}'],
+)
+def test_a_damaged_card_of_a_coordinator_is_explained(dataset, tmp_path, content):
+    (tmp_path / "training.json").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"training\.json: cannot be used: .*Give another --out"):
+        coordinate(Plan(settings_for(dataset, "none")), tmp_path, Broker("127.0.0.1", 1), print)
