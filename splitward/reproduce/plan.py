@@ -37,8 +37,6 @@ class Plan:
         Schedule of every defence alike.
     auxiliary, targets : int
         Most images of the attacker's own, and of its targets.
-    seal : dict
-        What of `sealed`'s settings the search chose otherwise than the profile has them.
     resplit : bool
         Whether each target seed draws its own split by patient: for small data, where one split is luck.
     variants : dict of str to dict
@@ -57,23 +55,13 @@ class Plan:
     auxiliary: int = 5_000
     targets: int = 300
     resplit: bool = False
-    seal: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan(
-            "mnist",
-            "mnist",
-            None,
-            None,
-            epochs=6,
-            batch=128,
-            shift=1,
-            seal={"entropy_weight": 0.15, "spread": "frame", "captures": 8},
-        ),
+        Plan("mnist", "mnist", None, None, epochs=6, batch=128, shift=1),
         Plan("pneumoniamnist", "pneumoniamnist.npz", None, None, epochs=30, batch=64, shift=2),
         Plan("mias", "mias", "roi", 64, epochs=15, batch=32, shift=4, resplit=True),
     )
@@ -83,22 +71,27 @@ PLANS = {
 def _variants(*rows: tuple[int, float, float, float, Spread, int]) -> dict[str, dict[str, Any]]:
     names = ("values", "sigma", "entropy_weight", "adversary_weight", "spread", "captures")
     return {
-        f"k{row[0]}_s{row[1]:g}_e{row[2]:g}_a{row[3]:g}_{row[4]}{row[5]}": dict(zip(names, row, strict=True))
+        f"k{row[0]}_s{row[1]:g}_e{row[2]:g}_a{row[3]:g}"
+        + ("" if row[4:] == ("class", 1) else f"_{row[4]}{row[5]}"): dict(zip(names, row, strict=True))
         for row in rows
     }
 
 
 _SMALL = _variants(
+    (16, 0.3, 0.2, 0.0, "class", 1),
+    (16, 0.3, 0.5, 0.0, "class", 1),
+    (16, 0.5, 1.0, 0.0, "class", 1),
+    (8, 0.5, 1.0, 0.0, "class", 1),
+    (16, 0.3, 0.5, 0.3, "class", 1),
+    (16, 0.3, 0.15, 0.0, "class", 1),
     (16, 0.3, 0.1, 0.0, "class", 1),
+    (16, 0.3, 0.05, 0.0, "class", 1),
+    (16, 0.2, 0.1, 0.0, "class", 1),
+    (16, 0.2, 0.05, 0.0, "class", 1),
     (16, 0.3, 0.1, 0.0, "class", 8),
     (16, 0.3, 0.3, 0.0, "class", 8),
     (16, 0.3, 0.05, 0.0, "frame", 8),
     (16, 0.3, 0.15, 0.0, "frame", 8),
-    (16, 0.3, 0.3, 0.0, "frame", 8),
-    (16, 0.2, 0.05, 0.0, "class", 1),
-    (16, 0.3, 0.5, 0.0, "class", 1),
-    (16, 0.3, 0.5, 0.3, "class", 1),
-    (8, 0.5, 1.0, 0.0, "class", 1),
 )
 SEARCHES = {
     plan.name: plan

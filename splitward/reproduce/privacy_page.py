@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from splitward.audit.attacks import QUICK
 from splitward.audit.suite import NEEDS_RUN
-from splitward.method.split import DEFENCES
 from splitward.reproduce.paper_page import table
-from splitward.reproduce.plan import PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
+from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attack_names, attacker_seeds
 
 UNEVEN = 0.05
 """Deviation of a defence's accuracies over which the page tells each of them."""
@@ -35,18 +33,10 @@ def privacy_page(results: dict[str, Any]) -> str:
     ]
     for name, plan in PLANS.items():
         if name in results:
-            parts.append(_data_set(name, results[name], _schedule(plan)))
+            parts.append(_data_set(name, results[name], f"{plan.epochs} epochs, batch {plan.batch}"))
     if fsha := results.get("fsha"):
         parts.append(_fsha(fsha))
     return "\n".join(parts)
-
-
-def _schedule(plan: Plan) -> str:
-    seal = replace(DEFENCES["sealed"], **plan.seal)
-    return (
-        f"{plan.epochs} epochs, batch {plan.batch}; `sealed` with an entropy term of weight {seal.entropy_weight:g} on "
-        f"the spread of each {seal.spread}, reckoning with {seal.captures} capture(s)"
-    )
 
 
 SHOWN = {
