@@ -5,6 +5,7 @@ passes the cut to the client half.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,7 +215,8 @@ def _train_epoch(
     batches = torch.randperm(len(labels), generator=generator).split(settings.batch)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     total_loss, right, seen, began = 0.0, 0, 0, time.monotonic()
     title = f"{settings.split.defence.profile} epoch {epoch + 1}/{settings.epochs}"
-    with tqdm(batches, title, unit="batch", disable=not progress, mininterval=0.5) as bar:
+    pause_s = 0.5 if sys.stderr.isatty() else 30.0  # a log keeps every state of the bar
+    with tqdm(batches, title, unit="batch", disable=not progress, mininterval=pause_s) as bar:
         for index, rows in enumerate(bar):
             if len(rows) < 2:  # batch normalisation needs two
                 continue
