@@ -22,7 +22,8 @@ th:first-child { text-align: left; } tbody th { font-weight: normal; white-space
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.2rem; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; }
 .facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .8rem; margin: 1.2rem 0; padding: 0; list-style: none; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .8rem; margin: 1.2rem 0;
+  padding: 0; list-style: none; }
 .tiles li { background: var(--soft); border-radius: .6rem; padding: .7rem 1rem; }
 .tiles b { display: block; font-size: 1.4rem; color: var(--strong); }
 img { max-width: 100%; background: white; border-radius: .4rem; }
