@@ -86,8 +86,7 @@ def conditional_entropy(
 
     The spread of a class is its variance, of each value: after CEM (Xia et al., CVPR 2025), with one Gaussian for each
     class, it bounds what the released values tell of the frame beyond its label. That of a frame is its mean squared
-    distance from the mean of its class (our choice): a frame that is hard to tell pulls less on the others and is
-    pulled less itself, which costs less accuracy for the same leakage.
+    distance from the mean of its class (our choice): a frame far from it, which is hard to tell, is pulled less.
 
     Parameters
     ----------
