@@ -129,6 +129,8 @@ class NewTraining(_Body):
     entropy_weight: float | None = Field(default=None, ge=0, le=100)
     spread: Literal["class", "frame"] | None = None
     captures: int | None = Field(default=None, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=127)
+    training_sigma: float | None = Field(default=None, ge=0, le=100)
     epochs: int = Field(default=5, ge=1, le=10_000)
     batch: int = Field(default=128, ge=2, le=16_384)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)

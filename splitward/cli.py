@@ -190,11 +190,19 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--values", type=int, help="sealed: values of the bottleneck")
     parser.add_argument("--sigma", type=float, help="sealed: standard deviation of the noise")
     parser.add_argument(
+        "--training-sigma", type=float, help="sealed: standard deviation in training, where it is another"
+    )
+    parser.add_argument(
         "--spread", choices=("class", "frame"), help="sealed: whose spread the entropy term takes"
     )
     parser.add_argument("--entropy-weight", type=float, help="sealed: weight of the entropy term")
     parser.add_argument(
         "--captures", type=int, help="sealed: captures of a scene that the entropy term reckons with"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="sealed: steps from 0 to the bound to which a value is rounded before the noise",
     )
     parser.add_argument("--eps", type=float, help="psgl, sealed: budget of the map")
     parser.add_argument("--gamma", type=float, help="psgl, sealed: fraction of the pixels that keep their map")
@@ -228,7 +236,7 @@ def _settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
         arguments.defence,
         seal={
             name: getattr(arguments, name)
-            for name in ("values", "sigma", "entropy_weight", "spread", "captures")
+            for name in ("values", "sigma", "training_sigma", "steps", "entropy_weight", "spread", "captures")
         },
         saliency={"eps": arguments.eps, "gamma": arguments.gamma, "outputs": arguments.map},
     )

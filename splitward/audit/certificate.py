@@ -18,7 +18,8 @@ Three bounds on the mean squared error of a pixel, from the strongest statement 
     the frames. For unbiased estimators only, which no decoder is, and so often far above any attack's error.
 
 All of them leave out the quantisation after the noise, which can only raise the error. `candidates` counts the
-rounding before the noise; the two with a Jacobian take it for the identity (its step is 1/127, sigma some 40 times it).
+rounding before the noise; the two with a Jacobian take it for the identity, and are given only where its step is at most
+a tenth of sigma.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from splitward.method.split import SplitNetwork
 CAPTURES = (1, 8)
 """Numbers of captures of one scene for which the candidates bound is given."""
 FISHER_FRAMES = 200
+FINE = 10
 _CHUNK = 250
 _DRAWS, _SAMPLES = 4, 20_000
 ASSUMPTIONS = (
@@ -62,8 +64,8 @@ class Certificate:
         How often the attacker with the list picks the right frame at best, from one capture; an estimate.
     class_mean_mse : float
         Error of each class's mean over the same frames: what the label alone allows.
-    trace_mse, unbiased_mse : float
-        The two bounds with a Jacobian.
+    trace_mse, unbiased_mse : float or None
+        The two bounds with a Jacobian; None where the rounding before the noise is no small thing beside it.
     frames, sigma, seed : int, float, int
     assumptions : tuple of str
     """
@@ -72,8 +74,8 @@ class Certificate:
     captures_mse: dict[int, float]
     identified: float
     class_mean_mse: float
-    trace_mse: float
-    unbiased_mse: float
+    trace_mse: float | None
+    unbiased_mse: float | None
     frames: int
     sigma: float
     seed: int
@@ -99,7 +101,8 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
         bounded = torch.cat([network.client(network.attack(chunk)) for chunk in frames.split(_CHUNK)])  # type: ignore[no-untyped-call]  # torch leaves it untyped
     clean = network.seal.round_clean(bounded)
     bounds = {n: candidates_bound(clean, frames, sigma / n**0.5, seed=seed) for n in CAPTURES}
-    trace, unbiased = fisher_bounds(network, frames, labels)
+    fine = network.seal.bound / network.seal.steps <= sigma / FINE
+    trace, unbiased = fisher_bounds(network, frames, labels) if fine else (None, None)
     return Certificate(
         bound_mse=bounds[1][0],
         captures_mse={n: bound for n, (bound, _) in bounds.items()},

@@ -250,7 +250,9 @@ def _certificate(certificate: dict[str, Any] | None) -> list[str]:
             "<h2>Certificate</h2>",
             "<p>None: nothing noised is released, and nothing can be certified.</p>",
         ]
-    figures = [[what, f"{certificate[name]:.4f}"] for name, what in BOUNDS.items() if name in certificate]
+    figures = [
+        [what, f"{certificate[name]:.4f}"] for name, what in BOUNDS.items() if certificate.get(name) is not None
+    ]
     figures += [
         [f"the same with {captures} captures of each scene", f"{bound:.4f}"]
         for captures, bound in certificate.get("captures_mse", {}).items()

@@ -35,6 +35,10 @@ class DefenceSettings:
         Whose spread the entropy term takes: the variance of a class, after CEM, or each frame's distance from its mean.
     captures : int
         Of one scene, over whose noise the attacker that the entropy term reckons with averages.
+    steps : int
+        Of the grid to which a seal rounds before the noise, from 0 to the bound (`splitward.wire.law`).
+    training_sigma : float or None
+        Standard deviation of the noise in training; None: `sigma`. Where it is more, it holds the classes apart.
     """
 
     profile: str
@@ -47,6 +51,17 @@ class DefenceSettings:
     adversary_weight: float = 0.0
     spread: Spread = "class"
     captures: int = 1
+    steps: int = 127
+    training_sigma: float | None = None
+
+    @property
+    def sealed(self) -> bool:
+        """Whether few bounded values are released, which a seal rounds and noises."""
+        return self.values > 0 and self.bottleneck == "sealed"
+
+    def noise_of(self, *, training: bool) -> float:
+        """Standard deviation of the noise, in training or as a device releases."""
+        return self.sigma if self.training_sigma is None or not training else self.training_sigma
 
 
 DEFENCES: dict[str, DefenceSettings] = {
@@ -116,8 +131,11 @@ class SplitNetwork(nn.Module):
             if defence.map is not None
             else None
         )
-        sealed = defence.values > 0 and defence.bottleneck == "sealed"
-        self.seal = Seal(defence.sigma, settings.bound, settings.scale) if sealed else None
+        self.seal = (
+            Seal(defence.sigma, settings.bound, settings.scale, defence.steps, defence.training_sigma)
+            if defence.sealed
+            else None
+        )
         self.adversary = Adversary(network, defence.adversary_weight) if defence.adversary_weight else None
 
     def attack(self, frames: Tensor) -> Tensor:
@@ -137,7 +155,7 @@ class SplitNetwork(nn.Module):
             return released
         if self.settings.network.bottleneck == "label" and not self.training:
             return F.one_hot(activation.argmax(1), activation.shape[1]).to(activation.dtype)
-        if sigma := self.settings.defence.sigma:
+        if sigma := self.settings.defence.noise_of(training=self.training):
             return activation + sigma * (torch.randn_like(activation) if noise is None else noise)
         return activation
 

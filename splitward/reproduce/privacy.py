@@ -113,8 +113,8 @@ def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
 
 
 def _split_settings(plan: Plan, dataset: Dataset, defence: str) -> SplitSettings:
-    if defence in plan.variants:
-        return split_settings(dataset, "sealed", seal=plan.variants[defence])
+    if defence == "sealed" or defence in plan.variants:
+        return split_settings(dataset, "sealed", seal=dict(plan.variants.get(defence, plan.seal)))
     return split_settings(dataset, defence)
 
 

@@ -224,6 +224,7 @@ def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
         **{
             key: round(fmean(one[key] for one in given), 6)
             for key in ("bound_mse", "identified", "class_mean_mse", "trace_mse", "unbiased_mse")
+            if given[0][key] is not None
         },
         "captures_mse": {
             n: round(fmean(one["captures_mse"][n] for one in given), 6) for n in given[0]["captures_mse"]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from splitward.data import Dataset
 from splitward.errors import TrainingError
 from splitward.method.halves import NetworkSettings
-from splitward.method.sealing import Spread
+from splitward.method.sealing import FINEST, Spread
 from splitward.method.split import COMPARED, DEFENCES, DefenceSettings, SplitSettings
 from splitward.wire.release import ReleaseLaw
 
@@ -22,8 +22,10 @@ _SEAL = {
     "entropy_weight": "entropy_weight",
     "spread": "entropy_weight",
     "captures": "entropy_weight",
+    "steps": "sealed",
+    "training_sigma": "sigma",
 }
-"""What of a seal may be changed, and the setting without which there is none of it."""
+"""What of a seal may be changed, and that without which there is none of it."""
 MAX_VALUES = 65_536
 MAX_WEIGHT = 100
 """Of a sigma and of a loss term."""
@@ -157,7 +159,8 @@ def _check_defence(defence: DefenceSettings) -> None:
     _refuse_outside(("values", defence.values, 1 if own.values else 0, MAX_VALUES))
     for name in ("sigma", "entropy_weight", "correlation_weight", "adversary_weight"):
         _refuse_outside((name.replace("_", " "), getattr(defence, name), 0, MAX_WEIGHT))
-    _refuse_outside(("captures", defence.captures, 1, MAX_CAPTURES))
+    _refuse_outside(("training sigma", defence.noise_of(training=True), 0, MAX_WEIGHT))
+    _refuse_outside(("captures", defence.captures, 1, MAX_CAPTURES), ("steps", defence.steps, 1, FINEST))
     if defence.spread not in get_args(Spread):
         raise TrainingError(f"spread {defence.spread}: give class or frame.")
     if own.sigma and not defence.sigma:
@@ -189,6 +192,6 @@ def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str,
 
 def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLaw:
     """The law under which a device releases what this network makes."""
-    if defence.values and defence.bottleneck == "sealed":
-        return ReleaseLaw(network.release_shape, "int8", 1.0, defence.sigma)
+    if defence.sealed:
+        return ReleaseLaw(network.release_shape, "int8", 1.0, defence.sigma, defence.steps)
     return ReleaseLaw(network.release_shape, "float32")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 SECRET_BYTES = 32
 """Length of the device's secret, which keys the noise."""
+STEPS = 127
+"""Steps of int8 on each side of 0."""
 NOISE_REACH = 3.0
 """Standard deviations of the noise that the released range covers beyond the bound."""
 _FLOAT32 = struct.Struct("<f")
@@ -28,17 +30,21 @@ class ReleaseLaw(msgspec.Struct, frozen=True):
         The graph keeps every value within [-bound, bound] (int8 only).
     sigma : float
         Standard deviation of the noise, in the activation's units.
+    steps : int
+        Of the clean activation's grid, from 0 to the bound: 1 to 127. Few steps make one value of many that lie near
+        each other, which then carry the same noise, and which no number of captures tells apart.
     """
 
     shape: tuple[int, ...]
     dtype: Literal["float32", "int8"]
     bound: float = 1.0
     sigma: float = 0.0
+    steps: Annotated[int, msgspec.Meta(ge=1, le=STEPS)] = STEPS
 
     @property
     def grid(self) -> float:
         """Step of the grid on which the clean activation is keyed."""
-        return self.bound / 127
+        return self.bound / self.steps
 
     @property
     def scale(self) -> float:

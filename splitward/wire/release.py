@@ -1,11 +1,11 @@
 """The last step before the network: from the bounded activation to the released tensor (docs/method.md, section 4).
 
-`released = quantise(bounded + sigma * noise)`. The graph bounds; this adds the noise, outside the graph,
-where it can be keyed. The noise is a function of the device's secret, of the law, and of the activation itself, so the
-same frame sent again carries the same noise and averaging repeats gains an attacker nothing. Under another law it is
-other noise: the same noise at two sigmas would cancel out, and give the activation away.
+`released = quantise(round(bounded) + sigma * noise)`. The graph bounds; this rounds to the law's grid and adds the
+noise, outside the graph, where it can be keyed. The noise is a function of the device's secret, of the law, and of the
+activation itself, so the same frame sent again carries the same noise and averaging repeats gains an attacker nothing.
+Under another law it is other noise: the same noise at two sigmas would cancel out, and give the activation away.
 
-Our choice: the key covers the activation rounded to the int8 grid of its bound, not its floats. Two runtimes,
+Our choice: the key covers the activation rounded to the law's grid, not its floats. Two runtimes,
 or one runtime with another number of threads, differ in the last bit of a float, and must not draw fresh noise.
 """
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from splitward.wire.law import NOISE_REACH as NOISE_REACH
 from splitward.wire.law import SECRET_BYTES as SECRET_BYTES
+from splitward.wire.law import STEPS
 from splitward.wire.law import ReleaseLaw as ReleaseLaw
 
 
@@ -46,9 +47,10 @@ def release(activation: NDArray[np.float32], law: ReleaseLaw, secret: bytes) -> 
 def keyed_noise(secret: bytes, clean: NDArray[np.int8], law: ReleaseLaw) -> NDArray[np.float64]:
     """Standard normal noise, shaped as `clean`, that only the holder of `secret` can predict.
 
-    BLAKE2b (RFC 7693) keyed by the secret, with the law's bound and sigma as its personalisation, makes a key of
-    `clean`; keyed by that, it stretches a counter into uniforms, and Box and Muller turn them into normals: a
-    cryptographic stream, and the same on every version of numpy, whose own logarithm depends on the processor.
+    BLAKE2b (RFC 7693) keyed by the secret, with the law's bound and sigma as its personalisation and its steps in the
+    salt, makes a key of `clean`; keyed by that, it stretches a counter into uniforms, and Box and Muller turn them
+    into normals: a cryptographic stream, and the same on every version of numpy, whose own logarithm depends on the
+    processor.
     """
     return np.array(_noise(secret, clean.tobytes(), law)).reshape(clean.shape)
 
@@ -64,7 +66,8 @@ def _steps(real: list[float], scale: float) -> list[int]:
 
 def _noise(secret: bytes, clean: bytes, law: ReleaseLaw) -> list[float]:
     half = (len(clean) + 1) // 2
-    key = blake2b(clean, key=secret, person=struct.pack("<2d", law.bound, law.sigma)).digest()
+    person, salt = struct.pack("<2d", law.bound, law.sigma), bytes((STEPS - law.steps,))
+    key = blake2b(clean, key=secret, salt=salt, person=person).digest()
     blocks = (2 * half + 7) // 8
     stream = b"".join([blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range(blocks)])
     uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in struct.unpack(f"<{8 * blocks}Q", stream)]

@@ -39,10 +39,10 @@ from splitward.wire.release import ReleaseLaw
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(32))
 GOLDEN_MANIFEST = Path(__file__).with_name("golden") / "manifest.json"
-GOLDEN_MODEL = "5fac902f7f18ee78e5b4f392a6602888"
+GOLDEN_MODEL = "d5bfdbe96c1f690d419fd70676e695a5"
 GOLDEN_SIGNATURE = (
-    "2084888eaad9ee2049eac0d8e5bdeec9aea5eb911959d0c55b3184755f9b0001"
-    "cfb3b259169f9466aa9c975348614802771da9ca40a991b36e004a76985de40f"
+    "565ad172d9b59043e34e9e52c5edcb08161287b219a23b294e134974d2c52272"
+    "a84bfc41ba062660bc901ece8a29229352249ce7249118ab0e6520d1cd5b4501"
 )
 FILES = {"client.onnx": b"client half " * 20, "frame.npy": bytes(range(64)), "activation.npy": b""}
 DRAFT = Manifest(
@@ -125,6 +125,17 @@ def test_golden_manifest(bundle: Path, specification) -> None:
     assert model_id(GOLDEN_MANIFEST.read_bytes()).hex() == GOLDEN_MODEL
     (shown,) = specification.blocks(5, "json")
     assert msgspec.json.decode(shown) == msgspec.json.decode(GOLDEN_MANIFEST.read_bytes())
+
+
+def test_a_law_without_steps_has_the_grid_of_int8() -> None:
+    older = GOLDEN_MANIFEST.read_bytes().replace(b',"steps":127', b"")
+    read = msgspec.json.decode(older, type=Manifest)
+    assert read.release == DRAFT.release
+    for steps in (0, 128):
+        with pytest.raises(msgspec.ValidationError, match="steps"):
+            msgspec.json.decode(
+                GOLDEN_MANIFEST.read_bytes().replace(b'"steps":127', f'"steps":{steps}'.encode()), type=Manifest
+            )
 
 
 def test_specification_lists_every_reason(specification) -> None:

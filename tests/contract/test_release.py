@@ -29,7 +29,8 @@ def specified_noise(secret: bytes, clean: list[int], law: ReleaseLaw) -> list[fl
     """docs/wire.md, section 2, in plain Python: a second reading of the text."""
     count = len(clean) + len(clean) % 2
     person = struct.pack("<d", law.bound) + struct.pack("<d", law.sigma)
-    key = hashlib.blake2b(bytes(value & 0xFF for value in clean), key=secret, person=person).digest()
+    salt = bytes([127 - law.steps])
+    key = hashlib.blake2b(bytes(value & 0xFF for value in clean), key=secret, salt=salt, person=person).digest()
     stream = b"".join(
         hashlib.blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range((count + 7) // 8)
     )
@@ -50,10 +51,15 @@ def test_golden_noise_of_an_odd_count() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(min_size=32, max_size=32), st.lists(st.integers(-127, 127), min_size=1, max_size=40))
-def test_noise_is_what_the_specification_says(secret: bytes, clean: list[int]) -> None:
-    noise = keyed_noise(secret, np.array(clean, np.int8), LAW)
-    assert noise == pytest.approx(specified_noise(secret, clean, LAW), rel=1e-9, abs=1e-9)
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.lists(st.integers(-127, 127), min_size=1, max_size=40),
+    st.integers(1, 127),
+)
+def test_noise_is_what_the_specification_says(secret: bytes, clean: list[int], steps: int) -> None:
+    law = ReleaseLaw((len(clean),), "int8", bound=1.0, sigma=0.3, steps=steps)
+    noise = keyed_noise(secret, np.array(clean, np.int8), law)
+    assert noise == pytest.approx(specified_noise(secret, clean, law), rel=1e-9, abs=1e-9)
 
 
 def test_noise_depends_on_values_in_c_order_and_takes_their_shape() -> None:
@@ -76,10 +82,10 @@ def test_another_secret_gives_other_noise() -> None:
         assert (keyed_noise(other, clean, LAW) != keyed_noise(SECRET, clean, LAW)).all()
 
 
-@pytest.mark.parametrize(("bound", "sigma"), [(1.0, 0.5), (1.5, 0.3)])
-def test_another_law_gives_other_noise(bound: float, sigma: float) -> None:
+@pytest.mark.parametrize(("bound", "sigma", "steps"), [(1.0, 0.5, 127), (1.5, 0.3, 127), (1.0, 0.3, 2)])
+def test_another_law_gives_other_noise(bound: float, sigma: float, steps: int) -> None:
     """From two sigmas over one noise, the activation could be solved for."""
-    clean, other = quantise(ACTIVATION, LAW.grid), ReleaseLaw((16,), "int8", bound=bound, sigma=sigma)
+    clean, other = quantise(ACTIVATION, LAW.grid), ReleaseLaw((16,), "int8", bound, sigma, steps)
     assert (keyed_noise(SECRET, clean, other) != keyed_noise(SECRET, clean, LAW)).all()
 
 
@@ -145,6 +151,18 @@ def test_without_noise_the_activation_is_only_rounded() -> None:
     law = ReleaseLaw((16,), "int8", bound=2.0)
     released = release(ACTIVATION, law, SECRET)
     assert np.abs(dequantise(released, law.scale) - ACTIVATION).max() <= law.grid / 2 + 1e-6
+
+
+def test_on_a_coarse_grid_near_activations_are_one_release() -> None:
+    """Captures of one scene that round alike carry the same noise: there is nothing to average."""
+    law = ReleaseLaw((16,), "int8", bound=1.0, sigma=0.3, steps=2)
+    source = np.random.default_rng(2)
+    scene = source.choice([-1.0, -0.5, 0.0, 0.5, 1.0], 16)
+    captures = np.clip(scene + source.uniform(-0.24, 0.24, (50, 16)), -1, 1).astype(np.float32)
+    assert len({release(one, law, SECRET).tobytes() for one in captures}) == 1
+    assert len({release(one, LAW, SECRET).tobytes() for one in captures}) == 50
+    exact = ReleaseLaw((16,), "int8", bound=1.0, steps=2)
+    assert dequantise(release(captures[0], exact, SECRET), exact.scale) == pytest.approx(scene, abs=0.01)
 
 
 def test_a_float32_law_releases_the_activation_as_it_is() -> None:

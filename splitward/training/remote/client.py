@@ -376,7 +376,7 @@ class Client:
 
     @property
     def _sealed(self) -> bool:
-        return self._agreed.defence.values > 0 and self._agreed.defence.bottleneck == "sealed"
+        return self._agreed.defence.sealed
 
     def _agree(self, answer: TrainingMessage) -> None:
         """Take the cloud's plan, or refuse it."""

@@ -50,6 +50,8 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entropy_weight: float | None = None
     spread: Spread | None = None
     captures: int | None = None
+    steps: int | None = None
+    training_sigma: float | None = None
     epochs: int = 5
     batch: int = 128
     learning_rate: float = 3e-3
@@ -68,7 +70,8 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The plan; `TrainingError` where there is none."""
         seal: dict[str, Any] = {
             "values": self.values, "sigma": self.sigma, "entropy_weight": self.entropy_weight,
-            "spread": self.spread, "captures": self.captures,
+            "spread": self.spread, "captures": self.captures, "steps": self.steps,
+            "training_sigma": self.training_sigma,
         }  # fmt: skip
         try:
             split = frame_settings(self.channels, self.side, self.classes, self.defence, seal=seal)

@@ -22,10 +22,13 @@ def test_the_bottleneck_bounds_whatever_enters():
     assert bounded.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("bound", "sigma"), [(1.0, 0.3), (1.0, 0.0), (2.5, 1.5)])
-def test_training_seals_exactly_as_the_device_does(bound, sigma):
-    law = ReleaseLaw((16,), "int8", bound, sigma)
-    seal = Seal(sigma, bound, law.scale)
+@pytest.mark.parametrize(
+    ("bound", "sigma", "steps"),
+    [(1.0, 0.3, 127), (1.0, 0.0, 127), (2.5, 1.5, 127), (1.0, 0.2, 2), (2.5, 1.5, 7)],
+)
+def test_the_network_seals_exactly_as_the_device_does(bound, sigma, steps):
+    law = ReleaseLaw((16,), "int8", bound, sigma, steps)
+    seal = Seal(sigma, bound, law.scale, steps).eval()
     activations = np.random.default_rng(0).uniform(-bound, bound, (5_000, 16)).astype(np.float32)
     activations[0] = bound
     activations[1] = -bound
@@ -52,6 +55,18 @@ def test_released_values_lie_on_the_grid_and_within_its_reach():
 def test_noise_is_fresh_in_training():
     seal, bounded = Seal(0.3, 1.0, 0.015), torch.zeros(2, 16)
     assert not torch.equal(seal(bounded), seal(bounded))
+
+
+def test_training_may_carry_more_noise_than_a_device_releases():
+    seal, bounded = Seal(0.1, 1.0, 0.01, training_sigma=0.3), torch.zeros(100, 100)
+    assert seal(bounded).std() == pytest.approx(0.3, rel=0.05)
+    assert seal.eval()(bounded).std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_coarse_steps_are_of_the_release_and_not_of_the_training():
+    seal, bounded = Seal(0.0, 1.0, 1 / 127, steps=2), torch.tensor([[0.8, 0.3, -0.2]])
+    assert seal(bounded) == pytest.approx(bounded, abs=0.01)
+    assert seal.eval()(bounded) == pytest.approx(torch.tensor([[1.0, 0.5, 0.0]]), abs=0.01)
 
 
 def test_gradients_pass_straight_through():

@@ -305,6 +305,15 @@ def test_the_entropy_term_reckons_with_an_attacker_who_averages(dataset):
     assert 10 < pulls[1] / pulls[0] < 64
 
 
+@pytest.mark.parametrize("profile", ["sealed", "gaussian"])
+def test_noise_of_the_training_is_not_that_of_the_release(dataset, profile):
+    network = SplitNetwork(split_settings(dataset, profile, seal={"sigma": 0.1, "training_sigma": 0.3}))
+    activation = torch.zeros(64, *network.settings.network.release_shape)
+    assert network.release(activation).std() == pytest.approx(0.3, rel=0.1)
+    assert network.eval().release(activation).std() == pytest.approx(0.1, rel=0.1)
+    assert release_law(network.settings.network, network.settings.defence).sigma in (0.1, 0.0)
+
+
 def test_settings_follow_profile_and_frames(dataset):
     sealed = split_settings(dataset, "sealed", seal={"values": 8, "sigma": None}, saliency={"eps": 0.2})
     assert sealed.defence.values == sealed.network.values == 8
@@ -329,6 +338,8 @@ def test_settings_follow_profile_and_frames(dataset):
         ("psgl", {"seal": {"sigma": 0.1}}, "has no seal"),
         ("gaussian", {"seal": {"captures": 8}}, "has no seal: captures"),
         ("gaussian", {"seal": {"values": 8}}, "has no seal: values"),
+        ("ressfl", {"seal": {"training_sigma": 0.3}}, "has no seal: training_sigma"),
+        ("cem", {"seal": {"steps": 2}}, "has no seal: steps"),
         ("label", {"seal": {"values": 8}}, "a value for each class"),
         ("none", {"saliency": {"eps": 0.1}}, "has no map"),
     ],
@@ -345,6 +356,8 @@ def test_what_a_profile_does_not_have_is_refused(dataset, profile, changes, mess
         ("sealed", "sigma", 0.0), ("sealed", "sigma", -1.0), ("sealed", "sigma", math.nan),
         ("sealed", "sigma", math.inf), ("gaussian", "sigma", 0.0), ("sealed", "entropy_weight", -5.0),
         ("sealed", "entropy_weight", math.nan), ("sealed", "captures", 0), ("sealed", "spread", "all"),
+        ("sealed", "steps", 0), ("sealed", "steps", 128), ("sealed", "training_sigma", -1.0),
+        ("gaussian", "training_sigma", math.inf),
         ("psgl", "eps", -1.0), ("psgl", "eps", math.nan), ("psgl", "gamma", 3.0),
     ],
 )  # fmt: skip
