@@ -18,8 +18,8 @@ Three bounds on the mean squared error of a pixel, from the strongest statement 
     the frames. For unbiased estimators only, which no decoder is, and so often far above any attack's error.
 
 All of them leave out the quantisation after the noise, which can only raise the error. `candidates` counts the
-rounding before the noise; the two with a Jacobian take it for the identity, and are given only where its step is at most
-a tenth of sigma.
+rounding before the noise; the two with a Jacobian take it for the identity, and are given only where its step is at
+most a tenth of sigma.
 """
 
 from __future__ import annotations
