@@ -9,7 +9,7 @@ from typing import Any
 from splitward.audit.attacks import QUICK
 from splitward.audit.suite import NEEDS_RUN
 from splitward.reproduce.paper_page import table
-from splitward.reproduce.plan import PLANS, TARGET_SEEDS, attack_names, attacker_seeds
+from splitward.reproduce.plan import PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
 
 UNEVEN = 0.05
 """Deviation of a defence's accuracies over which the page tells each of them."""
@@ -33,10 +33,19 @@ def privacy_page(results: dict[str, Any]) -> str:
     ]
     for name, plan in PLANS.items():
         if name in results:
-            parts.append(_data_set(name, results[name], f"{plan.epochs} epochs, batch {plan.batch}"))
+            parts.append(_data_set(name, results[name], _schedule(plan)))
     if fsha := results.get("fsha"):
         parts.append(_fsha(fsha))
     return "\n".join(parts)
+
+
+def _schedule(plan: Plan) -> str:
+    """How the networks were trained."""
+    schedule = f"{plan.epochs} epochs, batch {plan.batch}"
+    if not plan.seal:
+        return schedule
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.seal.items())
+    return f"{schedule}; *sealed* with `{options}`, chosen on validation images (`search.json`)"
 
 
 SHOWN = {
