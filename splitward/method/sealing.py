@@ -84,7 +84,9 @@ class Seal(nn.Module):
             noise = torch.randn_like(bounded)
         sigma = self.training_sigma if self.training else self.sigma
         noisy = self.round_clean(bounded) + sigma * noise.double()
-        released = torch.round(noisy / self.scale).clamp(-127, 127).to(bounded.dtype) * self.scale
+        # The range of int8 is that of the device's noise: more of it in training is not cut off.
+        reach = FINEST * max(1.0, sigma / self.sigma) if self.sigma else FINEST
+        released = torch.round(noisy / self.scale).clamp(-reach, reach).to(bounded.dtype) * self.scale
         return bounded + (released - bounded).detach()
 
     def round_clean(self, bounded: Tensor) -> Tensor:
