@@ -58,9 +58,14 @@ def test_noise_is_fresh_in_training():
 
 
 def test_training_may_carry_more_noise_than_a_device_releases():
-    seal, bounded = Seal(0.1, 1.0, 0.01, training_sigma=0.3), torch.zeros(100, 100)
-    assert seal(bounded).std() == pytest.approx(0.3, rel=0.05)
-    assert seal.eval()(bounded).std() == pytest.approx(0.1, rel=0.05)
+    law = ReleaseLaw((100,), "int8", 1.0, 0.1)
+    seal, bounded = Seal(0.1, 1.0, law.scale, training_sigma=0.5), torch.ones(100, 100)
+    noise = seal(bounded) - 1
+    assert noise.std() == pytest.approx(0.5, rel=0.05)
+    assert noise.max() > 1.2  # not cut off where the device's range ends, at 1.3
+    released = seal.eval()(bounded)
+    assert released.std() == pytest.approx(0.1, rel=0.05)
+    assert released.max() <= 127.01 * law.scale
 
 
 def test_coarse_steps_are_of_the_release_and_not_of_the_training():
