@@ -30,7 +30,9 @@ from splitward.training.loop import frames_of, to_unit, train
 from splitward.training.run import Run, create_run
 from splitward.training.settings import RunSettings, release_law, split_settings
 from splitward.wire.bundle import Bundle, read_bundle
+from splitward.wire.release import keyed_noise
 from splitward.wire.server import read_server_card, server_card_path
+from splitward.wire.tensor import dequantise
 
 pytestmark = pytest.mark.slow
 VARIANTS = ("onnx-float32", "onnx-int8", "tflite-float32", "tflite-int8")
@@ -54,13 +56,15 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def export_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def export_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
     """Train and export one profile on few phantoms; INT8_COST does not matter to so small a network."""
 
-    def make(profile: str) -> Exported:
+    def make(profile: str, **seal: float) -> Exported:
         folder = tmp_path_factory.mktemp(profile)
         dataset = phantom.load("mass", 28, seed=0, count=120)
-        settings = RunSettings("phantom", None, 28, split_settings(dataset, profile), epochs=1, batch=16)
+        settings = RunSettings(
+            "phantom", None, 28, split_settings(dataset, profile, seal=seal), epochs=1, batch=16
+        )
         run = train(dataset, settings, folder / "run", progress=False)
         key = Ed25519PrivateKey.generate()
         path = folder / "out" / "mass.bundle"
@@ -73,7 +77,7 @@ def export_profile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 @pytest.fixture(scope="module")
-def sealed(export_profile: Callable[[str], Exported]) -> Exported:
+def sealed(export_profile: Callable[..., Exported]) -> Exported:
     return export_profile("sealed")
 
 
@@ -205,6 +209,25 @@ def test_the_server_card_loads_as_the_trained_server_half(sealed):
     released = torch.randn(20, *card.release.shape)
     for ours, theirs in zip(server.eval()(released), sealed.network.server(released), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_device_releases_on_the_grid_and_under_the_noise_that_the_run_was_given(export_profile):
+    """Not under the training's: that is nobody's business but the training's."""
+    coarse = export_profile("sealed", steps=2, sigma=0.15, training_sigma=0.3)
+    law = coarse.bundle.manifest.release
+    assert (law.sigma, law.steps) == (0.15, 2)
+    model = ClientModel(coarse.bundle, RuntimeConfig(), SECRET)
+    frames = to_unit(frames_of(coarse.dataset.test)).numpy()
+    activations = np.stack([model.activation(frame) for frame in frames])
+    clean = np.rint(2 * activations).astype(np.int8)
+    noise = np.stack([keyed_noise(SECRET, row, law) for row in clean])
+    expected = clean / 2 + 0.15 * noise
+    released = np.stack([dequantise(model.release(frame), law.scale) for frame in frames])
+    np.testing.assert_allclose(
+        released, expected.clip(-127 * law.scale, 127 * law.scale), atol=law.scale / 2 + 1e-6
+    )
+    trained = coarse.network.release(torch.from_numpy(activations), torch.from_numpy(noise)).numpy()
+    np.testing.assert_allclose(released, trained, atol=1e-6)
 
 
 def test_a_profile_without_a_map_exports_without_saliency(export_profile):
