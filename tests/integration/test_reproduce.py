@@ -42,6 +42,14 @@ def test_only_augmenting_first_puts_patients_on_both_sides(dataset):
     assert sum(len(split) for split in (leaking.train, leaking.validation, leaking.test)) == 8 * 150
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_nothing_to_do_is_an_error(tmp_path):
     with pytest.raises(TrainingError, match="at least one data set"):
         paper.reproduce_paper(tmp_path, mnist=False)
@@ -50,8 +58,7 @@ def test_nothing_to_do_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_experiment_runs_and_its_page_holds_the_figures(dataset, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
+def test_every_experiment_runs_and_its_page_holds_the_figures(one_thread, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "open_dataset", lambda *spec, **settings: dataset)
     found = paper.reproduce_paper(tmp_path, mias=tmp_path, effort=EFFORT, command="splitward reproduce paper")
     assert json.loads((tmp_path / "paper.json").read_text()) == found
