@@ -36,6 +36,7 @@ CAPTURES = (1, 8)
 """Numbers of captures of one scene for which the candidates bound is given."""
 FISHER_FRAMES = 200
 FINE = 10
+"""So many steps of the grid before the noise are in a sigma, or it is no small thing beside it (our choice)."""
 _CHUNK = 250
 _DRAWS, _SAMPLES = 4, 20_000
 ASSUMPTIONS = (

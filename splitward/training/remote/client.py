@@ -274,7 +274,10 @@ class Client:
         plan, trainer, place = self._plan, self._active, self.place
         sent = trainer.begin()
         kept = plan.labels == "client"
-        seal = self._agreed.scale if self._sealed and plan.precision == "int8" else None
+        defence = self._agreed.defence
+        # The seal's own int8 lose nothing, unless the noise of the training goes beyond their range.
+        within = self._sealed and defence.noise_of(training=True) <= defence.sigma
+        seal = self._agreed.scale if within and plan.precision == "int8" else None
         stored = store(sent.released, plan.precision, seal)
         labels = NO_LABELS if kept else sent.labels.numpy().astype(np.uint16)
         self._meanwhile_due = not kept

@@ -33,7 +33,7 @@ from splitward.training.remote.envelope import open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_round
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
-from splitward.training.remote.precision import Feedback, store, store_rows
+from splitward.training.remote.precision import Feedback, Stored, store, store_rows
 from splitward.training.remote.privacy import clip_rows, epsilon
 from splitward.training.remote.server import Server
 from splitward.training.remote.site import coordinate
@@ -541,6 +541,20 @@ def test_coarse_messages_are_small_and_train(dataset, precision):
         assert client.place.metrics[-1]["accuracy"] > 0.3
     if precision == "int8":
         assert sizes["float32"] == 4 * sizes["int8"]
+
+
+def test_noise_of_a_training_is_not_cut_off_at_the_range_of_the_release(dataset):
+    seal = {"sigma": 0.05, "training_sigma": 0.5}
+    settings = replace(settings_for(dataset, "sealed"), split=split_settings(dataset, "sealed", seal=seal))
+    server, client = Server(Plan(settings, precision="int8"), TRAINING), open_client(dataset, settings)
+    largest = 0.0
+    while client.request is not None:
+        asked = decode_training(client.request)
+        if asked.phase is Phase.STEP:
+            largest = max(largest, float(Stored.of(asked).real().abs().max()))
+        for _, reply in server.handle(client.device, client.request):
+            client.take(reply)
+    assert largest > 1.2 > 127 * settings.split.scale
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
