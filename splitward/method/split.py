@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from splitward.method.compared import Adversary, LabelServer
 from splitward.method.halves import ClientHalf, Kind, NetworkSettings, ServerHalf, StreamOutputs
 from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
-from splitward.method.sealing import Seal, Spread
+from splitward.method.sealing import FINEST, Seal, Spread
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DefenceSettings:
     adversary_weight: float = 0.0
     spread: Spread = "class"
     captures: int = 1
-    steps: int = 127
+    steps: int = FINEST
     training_sigma: float | None = None
 
     @property
