@@ -26,6 +26,8 @@ _CHECKS = 12
 _WARM_UP = 0.1
 """Share of the steps in which the rate rises: a decoder that begins at full rate under SSIM can die at once."""
 _CHECKED = 500
+_ATTEMPTS = 3
+"""Starts of a decoder, as long as it does no better than the mean image: what it gives is near to one image then."""
 _CHUNK = 250
 Extra = Callable[[Pairs, Tensor], Tensor]
 
@@ -185,13 +187,23 @@ class DecoderAttack:
             return decode(self.train(case, Practice(case)), case.released, case.labels)
 
     def train(self, case: Case, practice: Practice, extra: Extra | None = None) -> Decoder:
-        """A decoder of this budget, in the state that served held-out images best.
+        """A decoder of this budget, in the state that served held-out images best; begun anew if it dies.
 
         Parameters
         ----------
         extra : callable, optional
             Pairs and the decoder's output to a further term of the loss.
         """
+        held = practice.release(practice.held_rows[:_CHECKED])
+        mean = held.frames.mean(0, keepdim=True).expand_as(held.frames)
+        for _ in range(_ATTEMPTS):
+            decoder, distance = self._fit(case, practice, held, extra)
+            if distance < self._distance(mean, held.frames).item():
+                break
+        return decoder
+
+    def _fit(self, case: Case, practice: Practice, held: Pairs, extra: Extra | None) -> tuple[Decoder, float]:
+        """A decoder from a fresh start, and its distance on held-out images."""
         channels, side, _ = case.frame_shape
         decoder = Decoder(
             tuple(case.released.shape[1:]),
@@ -205,7 +217,6 @@ class DecoderAttack:
         steps = max(1, round(self.steps * self.effort))
         optimiser = torch.optim.Adam(decoder.parameters(), self.rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate_at(step / steps))
-        held = practice.release(practice.held_rows[:_CHECKED])
         decoder.scale_to(held.released)
         best, least = decoder.state_dict(), float("inf")
         for step in range(1, steps + 1):
@@ -224,7 +235,7 @@ class DecoderAttack:
                 if distance < least:
                     best, least = copy.deepcopy(decoder.state_dict()), distance
         decoder.load_state_dict(best)
-        return decoder
+        return decoder, least
 
     def _distance(self, output: Tensor, frames: Tensor) -> Tensor:
         return F.mse_loss(output, frames) + self.ssim_weight * (1 - ssim(output, frames).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,24 @@ def error(attack: Attack, case: Case, originals: Tensor) -> float:
 def test_decoders_invert_an_undefended_cut(attack: Attack) -> None:
     case, originals = case_for()
     assert ssim(attack.reconstruct(case, 0), originals).mean() > 0.85
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2, 3])
+def test_a_decoder_that_dies_begins_anew(dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, originals = case_for()
+    made: list[Decoder] = []
+
+    def dead_at_first(*shape: Any, **options: Any) -> Decoder:
+        made.append(Decoder(*shape, **options))
+        if len(made) <= dead:
+            for parameter in made[-1].parameters():
+                torch.nn.init.zeros_(parameter)
+        return made[-1]
+
+    monkeypatch.setattr("splitward.audit.decoder.Decoder", dead_at_first)
+    found = ssim(replace(BRIEF, effort=3.0).reconstruct(case, 0), originals).mean()
+    assert len(made) == min(dead + 1, 3)
+    assert (found > 0.85) == (dead < 3)
 
 
 def test_ridge_inverts_an_undefended_cut() -> None:
