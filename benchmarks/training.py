@@ -138,7 +138,7 @@ def train_cell(dataset: Dataset, data: Data, cell: Cell, seed: int) -> dict[str,
         ranked = rank_weights([validation[name] for name in STREAMS])
         network.server.get_buffer("weights").copy_(torch.tensor(ranked))
         test = evaluate(network, dataset.test)
-    steps = sum(client.trainer.steps_done for client in clients if client.trainer is not None)
+    steps = sum(client.course.trainer.steps_done for client in clients if client.course.trainer is not None)
     return {
         "data": data.name,
         "cell": cell.name,

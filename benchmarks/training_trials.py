@@ -79,7 +79,7 @@ def measure_kills(steps: int, kills: int, seed: int = 0) -> dict[str, Any]:
             client.take(reply)
         found, (member,) = whole_network(client).state_dict(), server.session.members.values()
     differing = [key for key in wanted if key != "server.weights" and not torch.equal(found[key], wanted[key])]
-    expected = 0 if client.trainer is None else client.trainer.schedule.steps
+    expected = 0 if client.course.trainer is None else client.course.trainer.schedule.steps
     return {
         "kills": struck,
         "steps": expected,
@@ -98,9 +98,9 @@ class TimedClient(Client):
 
     def take(self, answer: bytes) -> bool:
         """As the client's own."""
-        before = 0 if self.trainer is None else self.trainer.steps_done
+        before = 0 if self.course.trainer is None else self.trainer.steps_done
         taken = super().take(answer)
-        if self.trainer is not None and self.trainer.steps_done > before:
+        if self.course.trainer is not None and self.trainer.steps_done > before:
             self.done_s.append(time.monotonic())
         return taken
 
@@ -195,7 +195,7 @@ def measure_hijack(precision: Precision = "float32", steps: int = 150) -> dict[s
             shadow, labels = to_unit(frames_of(dataset.validation)), torch.from_numpy(dataset.validation.labels)
             server = HijackingServer(split, shadow, labels, HijackSettings())
         client, stopped = course(seed, Hijacker(server))
-        trainer = client.trainer
+        trainer = client.course.trainer
         if not stopped or trainer is None:
             found.append({"seed": seed, "step": None})
             continue
@@ -232,8 +232,8 @@ class _Reader(Server):
     def handle(self, device: str, payload: bytes) -> Replies:
         """As the server's own."""
         message = decode_training(payload)
-        if message.phase is Phase.BACK and self.client is not None and self.client.trainer is not None:
-            self.read.append((Stored.of(message).real(), self.client.trainer.wanted.clone()))
+        if message.phase is Phase.BACK and self.client is not None and self.client.course.trainer is not None:
+            self.read.append((Stored.of(message).real(), self.client.course.trainer.wanted.clone()))
         return super().handle(device, payload)
 
 

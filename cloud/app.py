@@ -56,64 +56,15 @@ def create_app(
     ConfigError, BundleError
         The store's URL, the TLS files or a model cannot be used.
     """
-    metrics, tracing = Metrics(), Tracing(config.trace, config.broker.client_id)
-    _tell_expiries(config, metrics)
-    store = Store(config.store, metrics.cpu)
-    if engine is None:
-        engine = open_engine(config, metrics.cpu)
-    if transport is None:
-        transport = open_transport(config.broker)
-    feed = Feed(metrics.events_dropped)
-    fleet, state = config.fleet, Path(config.fleet.state_dir)
-    authority = Authority(state)
-    trusted = read_trusted_key(Path(fleet.trusted_key)) if fleet.trusted_key else None
-    registry = Registry(store, state / "bundles", trusted)
-    address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"
-    orders = Orders(store, transport, authority, fleet, address, metrics)
-    rollouts = Rollouts(store, orders, registry, metrics)
-    trainings = Trainings(store, config.broker, state / "trainings", metrics)
-    pipeline = Pipeline(
-        config,
-        transport=transport,
-        engine=engine,
-        store=store,
-        metrics=metrics,
-        feed=feed,
-        tracing=tracing,
-        on_outcome=orders.note_outcome,
-    )
-    enrolment = Enrolment(store, authority, fleet)
-    access = Access(store, config.api)
-    service = Service(
-        transport,
-        engine,
-        store,
-        metrics,
-        feed,
-        pipeline,
-        access,
-        authority,
-        enrolment,
-        registry,
-        orders,
-        rollouts,
-        trainings,
-        fleet,
-    )
+    tracing = Tracing(config.trace, config.broker.client_id)
+    service = _assemble(config, tracing, transport, engine)
+    _tell_expiries(config, service.metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, tracing.close)
-            await store.open()
-            stack.push_async_callback(store.close)
-            stack.push_async_callback(engine.stop)
-            await engine.start()
-            await pipeline.start()
-            stack.push_async_callback(pipeline.drain)
-            stack.push_async_callback(orders.write_outcomes)
-            for work in (rollouts.keep(), trainings.keep(), keep_retention(store, config.store, metrics)):
-                stack.push_async_callback(_end, asyncio.create_task(work))
+            await _start(service, config, stack)
             yield
 
     # FastAPI's own pages of documentation load scripts from elsewhere, and its description asks for no token.
@@ -125,9 +76,65 @@ def create_app(
     answer_with_problems(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OWN_NAMES, *config.api.names])
     app.add_middleware(
-        Guard, max_body_bytes=config.api.max_body_bytes, requests=metrics.requests, tracing=tracing
+        Guard, max_body_bytes=config.api.max_body_bytes, requests=service.metrics.requests, tracing=tracing
     )
     return app
+
+
+def _assemble(
+    config: CloudConfig, tracing: Tracing, transport: Transport | None, engine: Engine | None
+) -> Service:
+    """Every part, each with the parts that it calls; none is started."""
+    fleet, state = config.fleet, Path(config.fleet.state_dir)
+    metrics = Metrics()
+    store = Store(config.store, metrics.cpu)
+    engine = engine or open_engine(config, metrics.cpu)
+    transport = transport or open_transport(config.broker)
+    feed = Feed(metrics.events_dropped)
+    authority = Authority(state)
+    trusted = read_trusted_key(Path(fleet.trusted_key)) if fleet.trusted_key else None
+    registry = Registry(store, state / "bundles", trusted)
+    address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"
+    orders = Orders(store, transport, authority, fleet, address, metrics)
+    return Service(
+        transport=transport,
+        engine=engine,
+        store=store,
+        metrics=metrics,
+        feed=feed,
+        pipeline=Pipeline(
+            config,
+            transport=transport,
+            engine=engine,
+            store=store,
+            metrics=metrics,
+            feed=feed,
+            tracing=tracing,
+            on_outcome=orders.note_outcome,
+        ),
+        access=Access(store, config.api),
+        authority=authority,
+        enrolment=Enrolment(store, authority, fleet),
+        registry=registry,
+        orders=orders,
+        rollouts=Rollouts(store, orders, registry, metrics),
+        trainings=Trainings(store, config.broker, state / "trainings", metrics),
+        fleet=fleet,
+    )
+
+
+async def _start(service: Service, config: CloudConfig, stack: AsyncExitStack) -> None:
+    """Start every part; `stack` ends them in the opposite order, each after those that call it."""
+    await service.store.open()
+    stack.push_async_callback(service.store.close)
+    stack.push_async_callback(service.engine.stop)
+    await service.engine.start()
+    await service.pipeline.start()
+    stack.push_async_callback(service.pipeline.drain)
+    stack.push_async_callback(service.orders.write_outcomes)
+    retention = keep_retention(service.store, config.store, service.metrics)
+    for work in (service.rollouts.keep(), service.trainings.keep(), retention):
+        stack.push_async_callback(_end, asyncio.create_task(work))
 
 
 def _tell_expiries(config: CloudConfig, metrics: Metrics) -> None:

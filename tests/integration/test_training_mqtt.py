@@ -60,7 +60,7 @@ def test_sites_train_over_a_broker_that_is_killed(tmp_path: Path, mosquitto: Sim
 
     alone = [client_of(number) for number in range(2)]
     run_together(Server(plan, TRAINING), alone)
-    wanted = state_of(alone[0]._active, optimisers=False)
+    wanted = state_of(alone[0].course._active, optimisers=False)
 
     broker = Broker(mosquitto.host, mosquitto.port)
     server = Server(plan, TRAINING, tmp_path / "server")
@@ -81,9 +81,9 @@ def test_sites_train_over_a_broker_that_is_killed(tmp_path: Path, mosquitto: Sim
         assert not thread.is_alive()
     assert server.finished
     for client in clients:
-        found = state_of(client._active, optimisers=False)
+        found = state_of(client.course._active, optimisers=False)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert client.place.skipped == 0
+        assert client.course.place.skipped == 0
 
 
 def test_a_broker_that_is_away_or_none_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +123,7 @@ def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -
     silent.set()
     leaving.join(JOIN_S)
     going.join(JOIN_S)
-    assert clients[0].server_half is not None
+    assert clients[0].course.server_half is not None
     assert server.session.drops >= 1
     stop.set()
     serving.join(JOIN_S)

@@ -77,13 +77,13 @@ def train_at_site(
     told(client.fingerprint)
     try:
         run_client(client, member.site, member.broker)
-        plan = client.plan
+        plan = client.course.plan
         if plan is None:
             raise TrainingError("the training was left before it began.")
         settings = replace(plan.run, data=own.data, task=own.task, size=own.size)
         run = create_run(folder, settings, describe(dataset))
         if not run.finished:
-            lines = "".join(json.dumps(line) + "\n" for line in client.place.metrics)
+            lines = "".join(json.dumps(line) + "\n" for line in client.course.place.metrics)
             run.metrics.write_text(lines, encoding="utf-8")
             finish_run(run, whole_network(client), dataset)
     finally:
@@ -93,16 +93,17 @@ def train_at_site(
 
 def whole_network(client: Client) -> SplitNetwork:
     """Client half and server half of a training that is over, as one network."""
-    if client.plan is None or client.trainer is None or client.server_half is None:
+    course = client.course
+    if course.plan is None or course.trainer is None or course.server_half is None:
         raise TrainingError("the training is not over: the server half has not come down yet.")
-    network = SplitNetwork(client.plan.run.split)
+    network = SplitNetwork(course.plan.run.split)
     try:
-        network.server.load_state_dict(client.server_half | client.trainer.tail_weights())
+        network.server.load_state_dict(course.server_half | course.trainer.tail_weights())
     except RuntimeError as error:
         raise TrainingError(f"the server half that came down does not fit the plan: {error}") from error
-    network.client.load_state_dict(client.trainer.modules["client"].state_dict())
-    if network.saliency is not None and "local" in client.trainer.modules:
-        network.saliency.classifier.load_state_dict(client.trainer.modules["local"].state_dict())
+    network.client.load_state_dict(course.trainer.modules["client"].state_dict())
+    if network.saliency is not None and "local" in course.trainer.modules:
+        network.saliency.classifier.load_state_dict(course.trainer.modules["local"].state_dict())
     return network.eval()
 
 

@@ -68,11 +68,11 @@ def open_client(dataset: Dataset, settings: RunSettings, folder: Path | None = N
 
 
 def weights_of(client: Client) -> dict[str, Tensor]:
-    assert client.server_half is not None
-    found = {f"server.{name}": tensor for name, tensor in client.server_half.items()}
-    for name, module in client._active.modules.items():
+    assert client.course.server_half is not None
+    found = {f"server.{name}": tensor for name, tensor in client.course.server_half.items()}
+    for name, module in client.course._active.modules.items():
         if name == "tails":
-            for stream, layer in client._active.tails.items():
+            for stream, layer in client.course._active.tails.items():
                 found |= {f"server.{stream}.3.{key}": tensor for key, tensor in layer.state_dict().items()}
             continue
         prefix = "saliency.classifier" if name == "local" else name
@@ -119,7 +119,7 @@ def test_halves_apart_end_with_the_bits_of_one_process(dataset, tmp_path, profil
             client, kills = open_client(dataset, settings, tmp_path / "client"), kills + 1
     assert kills >= 5
     (member,) = server.session.members.values()
-    assert member.steps == client._active.steps_done == 2 * (len(dataset.train) // 3)
+    assert member.steps == client.course._active.steps_done == 2 * (len(dataset.train) // 3)
     assert server.finished
     found = weights_of(client)
     assert found.keys() == wanted.keys()
@@ -290,7 +290,7 @@ def test_a_strangers_key_is_refused_when_the_peers_are_told_later_too(dataset, t
         name: open_client(dataset, settings, tmp_path / name, name=name, every=1)
         for name in ("site-0", "site-1")
     }
-    while clients["site-0"].place.steps_done == 0:  # until its first snapshot
+    while clients["site-0"].course.place.steps_done == 0:  # until its first snapshot
         for name in clients:
             for to, reply in server.handle(name, clients[name].request or b""):
                 clients[to].take(reply)
@@ -329,12 +329,12 @@ def test_sites_end_with_one_client_half_that_the_cloud_cannot_read(sites, arrang
     real = server.handle
     server.handle = lambda device, payload: (carried.append(payload), real(device, payload))[1]  # type: ignore[method-assign]
     run_together(server, clients)
-    first, *others = [state_of(client._active, optimisers=False) for client in clients]
+    first, *others = [state_of(client.course._active, optimisers=False) for client in clients]
     for other in others:
         assert first.keys() == other.keys()
         assert all(torch.equal(first[name], other[name]) for name in first)
-    taken = {client.device: client._active.steps_done for client in clients}
-    assert taken == {client.device: client._active.schedule.steps for client in clients}
+    taken = {client.device: client.course._active.steps_done for client in clients}
+    assert taken == {client.device: client.course._active.schedule.steps for client in clients}
     halves = [message for message in map(decode_training, carried) if message.phase is Phase.HALF]
     assert sum(half.step == 0 for half in halves) == 6
     weights = next(iter(first.values())).numpy().tobytes()
@@ -361,7 +361,7 @@ def test_a_pooled_round_is_one_step_along_the_mean_gradient_of_all_sites_frames(
         cloud = ServerTrainer(settings, pooled=True)
     client.end(cloud.take(client.begin()).gradient)
     assert end_round(client) == end_round(cloud) == len(train_split)
-    found, wanted = state_of(clients[0]._active), state_of(client)
+    found, wanted = state_of(clients[0].course._active), state_of(client)
     # Momentum after the first step is the gradient itself.
     gradients = [name for name in wanted if name.endswith("momentum_buffer")]
     assert len(gradients) == len(list(client.network.client.parameters()))
@@ -447,9 +447,9 @@ def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites, arra
                 pending.append((to, clients[to].request))
             pending.append((silent, kept))
     assert server.finished
-    assert clients[silent].place.skipped == 1
+    assert clients[silent].course.place.skipped == 1
     assert server.session.members[silent].superseded == 1
-    first, *others = [state_of(client._active, optimisers=False) for client in clients.values()]
+    first, *others = [state_of(client.course._active, optimisers=False) for client in clients.values()]
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
@@ -538,7 +538,7 @@ def test_coarse_messages_are_small_and_train(dataset, precision):
                     sent.append(decode_training(reply).values.nbytes if one != "int4" else len(reply))
                 client.take(reply)
         sizes[one] = sum(sent)
-        assert client.place.metrics[-1]["accuracy"] > 0.3
+        assert client.course.place.metrics[-1]["accuracy"] > 0.3
     if precision == "int8":
         assert sizes["float32"] == 4 * sizes["int8"]
 
@@ -577,15 +577,15 @@ def test_the_guard_watches_rounded_gradients_and_still_knows_a_hijacking(dataset
     while client.request is not None:
         for _, reply in server.handle(client.device, client.request):
             client.take(reply)
-    assert client._guard is not None
-    assert client._guard.batches > 20
-    assert client._guard.separation > 0.9
+    assert client.course._guard is not None
+    assert client.course._guard.batches > 20
+    assert client.course._guard.separation > 0.9
     generator, labels = torch.Generator().manual_seed(5), torch.arange(16) % 2
 
     def hijack() -> None:
-        for _ in range(client._guard.settings.window):
+        for _ in range(client.course._guard.settings.window):
             blind = torch.randn(16, *settings.split.network.release_shape, generator=generator)
-            client._watch(store_rows(blind, precision).real(), labels)
+            client.course._watch(store_rows(blind, precision).real(), labels)
 
     with pytest.raises(HijackError):
         hijack()
