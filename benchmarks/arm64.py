@@ -210,7 +210,8 @@ def measure_bundle_cuts(bench: Bench) -> dict[str, Any]:
         open_stand(folder / "stand", DEVICE, cards, trusted) as stand,
         open_machine("virt", bench.image(), stand, frames, folder, rate_hz=5.0) as device,
     ):
-        ran, rollouts = [], []
+        ran: list[str] = []
+        rollouts: list[str] = []
         listener = _listener(stand)
 
         def update() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from benchmarks.timing import alternate
 from edge.agent import Agent
 from edge.config import BrokerConfig, CaptureConfig, DeviceConfig, EdgeConfig, LinkConfig, RuntimeConfig
 from edge.runtime import load_runtime
-from splitward.wire.bundle import Bundle, Precision
+from edge.supervisor import launch
+from splitward.wire.bundle import Backend, Bundle, Precision
 
 RATE_HZ = 100.0
-VARIANTS: tuple[tuple[str, Precision], ...] = (
+VARIANTS: tuple[tuple[Backend, Precision], ...] = (
     ("onnx", "float32"), ("onnx", "int8"), ("tflite", "float32"), ("tflite", "int8"),
 )  # fmt: skip
 
@@ -26,14 +28,11 @@ def measure_graphs(bundle: Bundle, repeats: int) -> dict[str, Any]:
     spec = bundle.manifest.input
     frame = np.random.default_rng(0).random((spec.channels, spec.height, spec.width), dtype=np.float32)
     found: dict[str, Any] = {}
-    for backend, precision in VARIANTS:
-        kind = "onnx" if backend == "onnx" else "tflite"
+    for kind, precision in VARIANTS:
         saliency = load_runtime(kind, bundle.files[bundle.manifest.saliency[kind]], 1)
         client = load_runtime(kind, bundle.files[bundle.manifest.client[f"{kind}-{precision}"]], 1)
         attacked = saliency.run(frame)
-        saliency_s, client_s = alternate(
-            (lambda s=saliency: s.run(frame), lambda c=client, a=attacked: c.run(a)), repeats
-        )
+        saliency_s, client_s = alternate((partial(saliency.run, frame), partial(client.run, attacked)), repeats)
         found[f"{kind}-{precision}"] = {
             "saliency_us": round(1e6 * saliency_s, 1),
             "client_us": round(1e6 * client_s, 1),
@@ -45,7 +44,8 @@ def measure_graphs(bundle: Bundle, repeats: int) -> dict[str, Any]:
 def measure_agent(folder: Path, bundle: Path, trusted_key: Path, frames: Path, port: int) -> dict[str, Any]:
     """Median microseconds for a frame within the runtime and in the rest of the releaser, at `RATE_HZ`."""
     found = {}
-    for backend, precision in (("onnx", "float32"), ("tflite", "int8")):
+    variants: tuple[tuple[Backend, Precision], ...] = (("onnx", "float32"), ("tflite", "int8"))
+    for backend, precision in variants:
         config = EdgeConfig(
             device=DeviceConfig(
                 id=f"bench-{backend}",
@@ -54,12 +54,12 @@ def measure_agent(folder: Path, bundle: Path, trusted_key: Path, frames: Path, p
                 state_dir=str(folder / backend),
             ),
             capture=CaptureConfig(path=str(frames), rate_hz=RATE_HZ),
-            runtime=RuntimeConfig(backend="onnx" if backend == "onnx" else "tflite", precision=precision),
+            runtime=RuntimeConfig(backend=backend, precision=precision),
             broker=BrokerConfig(port=port),
             link=LinkConfig(retry_s=2.0),
         )
         with ExitStack() as stack:
-            agent = Agent(config, None, threading.Event(), stack)
+            agent = Agent(config, None, threading.Event(), stack, launch())
             report = agent.run(until_answered=True)
         found[f"{backend}-{precision}"] = {
             "overhead_us": agent.releaser_us_p50,

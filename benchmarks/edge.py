@@ -71,10 +71,10 @@ class Answerer:
         site, device, kind = topics.parse(message.topic)
         with self.changed:
             if kind == "status":
-                self.status = decode_status(message.payload)
+                self.status = decode_status(bytes(message.payload))
             else:
                 self.first_s = self.first_s or time.monotonic()
-                one = decode(message.payload)
+                one = decode(bytes(message.payload))
                 result = Result(
                     *(one.boot.hex(), one.sequence, one.model.hex(), 0, "", (1.0,), {}),
                     *(one.captured_at_ns, time.time_ns()),

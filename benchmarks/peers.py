@@ -152,7 +152,7 @@ def main() -> Any:
     parser.add_argument("--config", required=True)
     given = parser.parse_args()
     if given.kind == "aiomqtt":
-        cloud.app.open_transport = lambda config: SteadyTransport(
+        cloud.app.open_transport = lambda config: SteadyTransport(  # type: ignore[attr-defined]  # in the real one's place
             config, lambda on_messages: AiomqttConnection(config, on_messages)
         )
         return cloud.__main__.main(["--config", given.config])

@@ -16,7 +16,8 @@ SHAPE = (64, 32, 196)
 def by_svd(Z: Tensor) -> Tensor:
     """The peer: thresholds the singular values of a full decomposition."""
     U, singular, V = torch.linalg.svd(Z, full_matrices=False)
-    return (U * (singular - MU).clamp_min(0).unsqueeze(-2)) @ V
+    recovered: Tensor = (U * (singular - MU).clamp_min(0).unsqueeze(-2)) @ V
+    return recovered
 
 
 def measure_recovery(repeats: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitward.wire import topics
@@ -58,7 +59,7 @@ def _exchange(port: int, payloads: list[bytes]) -> None:
     """Publish all, at most `WINDOW` unanswered, and wait for every answer."""
     free = threading.Semaphore(WINDOW)
     subscribed = threading.Event()
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, "bench-load", protocol=mqtt.MQTTv5)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, "bench-load", protocol=mqtt.MQTTv5)
     client.max_inflight_messages_set(WINDOW)
     client.on_connect = lambda one, *_: one.subscribe(topics.result(SITE, DEVICE), 1)
     client.on_subscribe = lambda *_: subscribed.set()

@@ -98,9 +98,9 @@ class TimedClient(Client):
 
     def take(self, answer: bytes) -> bool:
         """As the client's own."""
-        before = 0 if self.course.trainer is None else self.trainer.steps_done
+        before = 0 if self.course.trainer is None else self.course.trainer.steps_done
         taken = super().take(answer)
-        if self.course.trainer is not None and self.trainer.steps_done > before:
+        if self.course.trainer is not None and self.course.trainer.steps_done > before:
             self.done_s.append(time.monotonic())
         return taken
 
@@ -177,7 +177,8 @@ def measure_hijack(precision: Precision = "float32", steps: int = 150) -> dict[s
     torch.set_num_threads(1)
     whole = open_dataset("mnist")
     dataset = replace(whole, train=take(whole.train, steps * BATCH))
-    split, found, alarms = split_settings(dataset, "sealed"), [], 0
+    split, alarms = split_settings(dataset, "sealed"), 0
+    found: list[dict[str, Any]] = []
     targets = to_unit(frames_of(dataset.test)[:TARGETS])
 
     def course(seed: int, stand_in: Hijacker | None = None) -> tuple[Client, bool]:
