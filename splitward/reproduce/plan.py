@@ -110,6 +110,8 @@ SEARCHES = {
 SEARCH_ATTACKS = (CEILING, "decoder-residual", "decoder-label-conditioned", "averaging-residual")
 
 DEFENCE_NAMES = (*DEFENCES, *COMPARED)
+CONTROL = "label"
+"""No defence: a device that sends its own classifier's label."""
 
 
 def attacker_seeds(defence: str, target_seed: int) -> tuple[int, ...]:

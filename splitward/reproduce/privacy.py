@@ -38,6 +38,7 @@ from splitward.data import Dataset, Split, open_dataset, split_by_patient
 from splitward.method.split import SplitSettings
 from splitward.reproduce.plan import (
     CAPTURES,
+    CONTROL,
     DEFENCE_NAMES,
     PLANS,
     SEARCH_ATTACKS,
@@ -154,7 +155,7 @@ def _cells(plan: Plan, defence: str, seed: int) -> Iterator[_Cell]:
     attackers = attacker_seeds(defence, seed)[: 1 if plan.variants else None]
     for index, attacker in enumerate(attackers):
         for name in SEARCH_ATTACKS if plan.variants else attack_names(defence, index):
-            if defence != "label" or not NEEDS_RUN & set(QUICK[name].card.knows):
+            if defence != CONTROL or not NEEDS_RUN & set(QUICK[name].card.knows):
                 yield _Cell(name, QUICK[name], attacker)
     if defence in ("psgl", "sealed"):
         for name in MAP_OFF:

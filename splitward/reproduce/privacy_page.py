@@ -9,7 +9,7 @@ from typing import Any
 from splitward.audit.attacks import QUICK
 from splitward.audit.suite import NEEDS_RUN
 from splitward.reproduce.paper_page import table
-from splitward.reproduce.plan import PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
+from splitward.reproduce.plan import CONTROL, PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
 
 UNEVEN = 0.05
 """Deviation of a defence's accuracies over which the page tells each of them."""
@@ -53,7 +53,7 @@ SHOWN = {
     "pneumoniamnist": "PneumoniaMNIST, 28x28",
     "mias": "mini-MIAS regions, 64x64",
 }
-CONTRASTED = {"none": "none", "sealed": "**sealed**", "label": "the device sends its own label"}
+CONTRASTED = {"none": "none", "sealed": "**sealed**", CONTROL: "the device sends its own label"}
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -124,7 +124,8 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
         table(header, cells),
         "\nFloors: " + "; ".join(
             f"{floor.replace('_', ' ')} SSIM {one['ssim']:.3f}, MSE {one['mse']:.4f}" for floor, one in floors.items()
-        ) + f". On the frontier: {', '.join(found['frontier'])}.\n",
+        ) + f". On the frontier: {', '.join(found['frontier'])}; without the control `{CONTROL}`: "
+        f"{', '.join(found['frontier_of_defences'])}.\n",
     ]  # fmt: skip
     if missing:
         lines.append(
@@ -140,6 +141,8 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
         )
     if sealed := rows.get("sealed"):
         lines.append(_sealed(sealed, found["certificate"]))
+        if control := rows.get(CONTROL):
+            lines.append(_beside_control(sealed, control))
     return "\n".join(lines)
 
 
@@ -149,7 +152,7 @@ def _is_whole(defence: str, attacks: dict[str, Any]) -> bool:
         name
         for index, _ in enumerate(attacker_seeds(defence, 0))
         for name in attack_names(defence, index)
-        if defence != "label" or not NEEDS_RUN & set(QUICK[name].card.knows)
+        if defence != CONTROL or not NEEDS_RUN & set(QUICK[name].card.knows)
     )
     return all(
         name in attacks and attacks[name]["cells"] >= times * len(TARGET_SEEDS)
@@ -169,6 +172,16 @@ def _counts(rows: dict[str, Any]) -> str:
 
 def _each(row: dict[str, Any]) -> str:
     return ", ".join(f"{100 * accuracy:.1f} %" for accuracy in row["accuracies"])
+
+
+def _beside_control(sealed: dict[str, Any], control: dict[str, Any]) -> str:
+    points, auc, ssim, mse = (
+        sealed[what] - control[what] for what in ("accuracy", "auc", "worst_ssim", "min_mse")
+    )
+    return (
+        f"Sealed less the control `{CONTROL}`: accuracy {100 * points:+.2f} points, AUC {auc:+.3f}, "
+        f"worst SSIM {ssim:+.3f}, least MSE {mse:+.4f}.\n"
+    )
 
 
 def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:

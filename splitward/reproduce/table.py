@@ -12,7 +12,7 @@ from typing import Any
 from splitward.audit.attacks import QUICK
 from splitward.audit.frontier import Point, draw_frontier, frontier
 from splitward.errors import AuditError
-from splitward.reproduce.plan import TIMES
+from splitward.reproduce.plan import CONTROL, TIMES
 from splitward.reproduce.privacy import MORE_BUDGET
 from splitward.reproduce.privacy_page import privacy_page
 from splitward.training.run import write_atomically
@@ -50,13 +50,17 @@ def make_table(folder: Path) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     for data, defences in read_cells(folder).items():
         rows = {name: _defence(targets) for name, targets in defences.items()}
+        points = _points(rows)
         floors = _floors([line for targets in defences.values() for line in _trainings(targets)])
         sets[data] = {
             "floors": floors,
             "undefended_accuracy": rows["none"]["accuracy"] if "none" in rows else None,
             "defences": rows,
             "failing_attacks": _failing(rows["none"], floors) if "none" in rows else [],
-            "frontier": [point.name for point in frontier(_points(rows))],
+            "frontier": [point.name for point in frontier(points)],
+            "frontier_of_defences": [
+                point.name for point in frontier([one for one in points if one.name != CONTROL])
+            ],
             "certificate": _certificate(defences.get("sealed", [])),
         }
     return {**sets, "versions": versions()}
