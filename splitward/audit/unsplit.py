@@ -7,13 +7,12 @@ Attacks Against Split Learning", WPES 2022 (arXiv:2108.09033), section 3.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from splitward.audit.attack import Case, ThreatModel
-from splitward.audit.descent import activation_of, descend, total_variation
+from splitward.audit.descent import descend, release_gap
 from splitward.audit.optimise import weights_of
 from splitward.method.split import SplitNetwork
 from splitward.training.loop import reproducible
@@ -94,24 +93,20 @@ class _Trial:
     def __init__(self, clone: SplitNetwork, case: Case) -> None:
         self.frames, self.left = torch.full((len(case.released), *case.frame_shape), 0.5), float("inf")
         self._clone, self._released = clone, case.released
-        self._variance = case.released.var(0).mean().clamp_min(1e-12)
         self._optimiser = torch.optim.Adam(clone.parameters(), 3e-3, amsgrad=True)
 
     def go_on(self, weights: list[float], frame_steps: int, clone_steps: int) -> None:
         """A turn for each weight of the total variation."""
         for weight in weights:
-            (frames,) = descend(partial(self._objective, weight), self.frames, steps=frame_steps, rate=0.02)
+            objective = release_gap(self._clone, self._released, weight)
+            (frames,) = descend(objective, self.frames, steps=frame_steps, rate=0.02)
             self.frames = _stretch(frames)
             for _ in range(clone_steps):
-                loss = self._objective(weight, self.frames).mean()
+                loss = objective(self.frames).mean()
                 self._optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 self._optimiser.step()
             self.left = loss.item()
-
-    def _objective(self, weight: float, frames: Tensor) -> Tensor:
-        gap = self._clone.release(activation_of(self._clone, frames)) - self._released
-        return gap.square().flatten(1).mean(1) / self._variance + weight * total_variation(frames)
 
 
 def _stretch(frames: Tensor) -> Tensor:
