@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitward.audit.attacks import CEILING, QUICK
+from splitward.audit.suite import NEEDS_RUN
 from splitward.method.split import COMPARED, DEFENCES
 
 CAPTURES = 8
@@ -124,8 +125,10 @@ def attack_names(defence: str, index: int) -> tuple[str, ...]:
     """Attacks that attacker number `index` makes on a target.
 
     All of them on `sealed`, and once on what it is compared with first; else the strongest, which can only flatter
-    the others.
+    the others. A label has no gradient, so that only those that need no weights work on the control.
     """
+    if defence == CONTROL:
+        return tuple(name for name in CORE if not NEEDS_RUN & set(QUICK[name].card.knows))
     if defence == "sealed" or (defence in ATTACKERS and index == 0):
         return tuple(QUICK)
     return CORE

@@ -32,13 +32,12 @@ from splitward.audit.certificate import candidates_bound, certify
 from splitward.audit.ledger import Ledger
 from splitward.audit.measure import Floors, draw_floors, measure
 from splitward.audit.metrics import roc_auc
-from splitward.audit.suite import NEEDS_RUN, Attacked, cell_key
+from splitward.audit.suite import Attacked, cell_key
 from splitward.audit.target import Target, open_target
 from splitward.data import Dataset, Split, open_dataset, split_by_patient
 from splitward.method.split import SplitSettings
 from splitward.reproduce.plan import (
     CAPTURES,
-    CONTROL,
     DEFENCE_NAMES,
     PLANS,
     SEARCH_ATTACKS,
@@ -148,15 +147,11 @@ def _waiting(plan: Plan, defence: str, seed: int, ledger: Ledger) -> list[_Cell]
 
 
 def _cells(plan: Plan, defence: str, seed: int) -> Iterator[_Cell]:
-    """Every attack with every attacker's seed; those on the path without its map once a target.
-
-    A label has no gradient, so that only the attacks that need no weights work on the control.
-    """
+    """Every attack with every attacker's seed; those on the path without its map once a target."""
     attackers = attacker_seeds(defence, seed)[: 1 if plan.variants else None]
     for index, attacker in enumerate(attackers):
         for name in SEARCH_ATTACKS if plan.variants else attack_names(defence, index):
-            if defence != CONTROL or not NEEDS_RUN & set(QUICK[name].card.knows):
-                yield _Cell(name, QUICK[name], attacker)
+            yield _Cell(name, QUICK[name], attacker)
     if defence in ("psgl", "sealed"):
         for name in MAP_OFF:
             yield _Cell(name, QUICK[name], attackers[0], "map off")

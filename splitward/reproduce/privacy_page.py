@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from splitward.audit.attacks import QUICK
-from splitward.audit.suite import NEEDS_RUN
 from splitward.reproduce.paper_page import table
 from splitward.reproduce.plan import CONTROL, PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
 
@@ -149,10 +147,7 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
 def _is_whole(defence: str, attacks: dict[str, Any]) -> bool:
     """Whether every attack was made on every target network by as many attackers as planned."""
     planned = Counter(
-        name
-        for index, _ in enumerate(attacker_seeds(defence, 0))
-        for name in attack_names(defence, index)
-        if defence != CONTROL or not NEEDS_RUN & set(QUICK[name].card.knows)
+        name for index, _ in enumerate(attacker_seeds(defence, 0)) for name in attack_names(defence, index)
     )
     return all(
         name in attacks and attacks[name]["cells"] >= times * len(TARGET_SEEDS)
