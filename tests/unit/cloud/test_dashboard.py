@@ -101,7 +101,8 @@ async def fill_with_life(cloud: Cloud) -> None:
 async def add_training(cloud: Cloud) -> None:
     """A stopped training of two sites, of which one was left out."""
     now_ns, name = time.time_ns(), "7" * 32
-    row = {"id": name, "name": "chest", "wanted": {}, "state": "stopped", "reason": "", "actor": "alice"}
+    wanted = {"channels": 1, "side": 28, "classes": 2, "sites": 2}  # can be led, and so can go on
+    row = {"id": name, "name": "chest", "wanted": wanted, "state": "stopped", "reason": "", "actor": "alice"}
     async with cloud.parts.store.write() as connection:
         await connection.execute(
             tables.trainings.insert(), row | {"created_at_ns": now_ns, "changed_at_ns": now_ns}
