@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,13 +47,20 @@ class Authority:
     Raises
     ------
     ConfigError
-        The keys in `folder` cannot be read or made, one was lost, or they do not belong together.
+        The keys in `folder` cannot be read or made, everybody may read one, one was lost, or they do not belong
+        together.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
             if not all((folder / name).exists() for name in FILES):
                 _make(folder)
+            for name in (AUTHORITY_KEY, ORDER_KEY, TICKET_KEY):
+                if (mode := (folder / name).stat().st_mode) & stat.S_IRWXO:
+                    raise ConfigError(
+                        f"fleet.state_dir {folder}: everybody may use {name} (mode {mode & 0o777:o}). chmod 600 it if "
+                        "it never left this folder; otherwise make new keys, and enrol the fleet again."
+                    )
             key, order_key = _read_key(folder / AUTHORITY_KEY), _read_key(folder / ORDER_KEY)
             if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(order_key, Ed25519PrivateKey):
                 raise ValueError("a key is of another kind")

@@ -80,3 +80,15 @@ def test_a_damaged_key_is_named_and_kept(tmp_path):
     with pytest.raises(ConfigError, match=r"Restore the keys from a copy"):
         Authority(tmp_path)
     assert (tmp_path / FILES[1]).read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_key_that_everybody_may_use_is_refused(name, tmp_path):
+    Authority(tmp_path)
+    (tmp_path / name).chmod(0o644)
+    with pytest.raises(
+        ConfigError, match=rf"everybody may use {name} \(mode 644\). chmod 600 it if it never left"
+    ):
+        Authority(tmp_path)
+    (tmp_path / name).chmod(0o640)  # as a volume that is made a group's own
+    Authority(tmp_path)
