@@ -76,7 +76,7 @@ def serve(kind: str, folder: Path, card: Path, broker_port: int, number: int = 1
     store = folder / ("shared.db" if number else f"{name}.db")
     config.write_text(
         f'models = ["{card}"]\n[broker]\nport = {broker_port}\nclient_id = "{name}"\n'
-        f"[api]\nport = {port}\nrequests_per_s = 1e9\nburst = 1000000000\n[store]\n"
+        f"[api]\nport = {port}\nrequire_token = false\nrequests_per_s = 1e9\nburst = 1000000000\n[store]\n"
         f'url = "sqlite+aiosqlite:///{store}"\n[fleet]\nstate_dir = "{folder}/fleet"\n[log]\nlevel = "ERROR"\n'
     )
     module = ["cloud"] if kind == "mqtt5" else ["benchmarks.peers", kind]

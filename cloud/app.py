@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import msgspec
 from cryptography import x509
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
@@ -89,9 +90,10 @@ def _assemble(
     metrics = Metrics()
     store = Store(config.store, metrics.cpu)
     engine = engine or open_engine(config, metrics.cpu)
-    transport = transport or open_transport(config.broker)
     feed = Feed(metrics.events_dropped)
     authority = Authority(state)
+    hidden = authority.client_id(config.broker.client_id)
+    transport = transport or open_transport(msgspec.structs.replace(config.broker, client_id=hidden))
     trusted = read_trusted_key(Path(fleet.trusted_key)) if fleet.trusted_key else None
     registry = Registry(store, state / "bundles", trusted)
     address = f"{'https' if config.api.cert else 'http'}://{config.api.host}:{config.api.port}"

@@ -162,8 +162,18 @@ class Authority:
         good = hmac.compare_digest(digest, self._ticket_digest(model, device, int(expires)))
         return device if good and int(expires) > now_s else None
 
+    def client_id(self, name: str) -> str:
+        """`name`, which others can guess, with a suffix that they cannot; the same at each start.
+
+        A broker ends the connection of a client when another one comes under its id, whatever its certificate.
+        """
+        digest = self._digest(f"splitward client v1\0{name}")
+        return f"{name}-{digest[:16]}"
+
     def _ticket_digest(self, model: str, device: str, expires_at_s: int) -> str:
-        text = f"splitward ticket v1\0{model}\0{device}\0{expires_at_s}"
+        return self._digest(f"splitward ticket v1\0{model}\0{device}\0{expires_at_s}")
+
+    def _digest(self, text: str) -> str:
         return hmac.new(self._ticket_key, text.encode(errors="replace"), hashlib.sha256).hexdigest()
 
     def _leaf(

@@ -77,10 +77,10 @@ class Batcher(Generic[T]):
 
     async def take(self) -> tuple[bytes, list[T]] | None:
         """The next model and its batch; None when the batcher is closed and empty."""
-        model = await self._due.get()
-        if model is None:
-            self._due.put_nowait(None)  # for the other takers
-            return None
+        while (model := await self._due.get()) is None:
+            self._due.put_nowait(None)  # behind what is due still, and for the other takers
+            if not self.held:
+                return None
         lane = self._lanes[model]
         batch = [lane.items.popleft() for _ in range(min(self._max_size, len(lane.items)))]
         lane.due = False

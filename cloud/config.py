@@ -33,10 +33,12 @@ class BrokerConfig(msgspec.Struct, frozen=True):
         Workers of one group divide the activations among them.
     client_id : str
         One for each worker, and the same after a restart, so that the broker keeps its session. `{host}` stands
-        for the host's name: the pod's, in a StatefulSet.
+        for the host's name: the pod's, in a StatefulSet. A suffix from the fleet's keys makes it one that nobody
+        can guess.
     session_expiry_s : int
-        How long the broker keeps the session of a worker that is away; 0 for the embedded broker, which dies of
-        a kept session with unacknowledged messages of a shared subscription.
+        How long the broker keeps the session of a worker that is away, and deals its share of the messages to it,
+        though nobody answers; 0 for the embedded broker, which dies of a kept session with unacknowledged messages
+        of a shared subscription.
     max_in_flight, max_in_flight_per_device, max_held_bytes : int
         Most messages in hand, unacknowledged, at any time; of one device; and their bytes.
     max_packet_bytes : int
@@ -50,7 +52,7 @@ class BrokerConfig(msgspec.Struct, frozen=True):
     tls: TlsConfig | None = None
     group: str = "cloud"
     client_id: str = "splitward-cloud-1"
-    session_expiry_s: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 3600
+    session_expiry_s: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 60
     max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 512
     max_in_flight_per_device: Count = 512
     max_held_bytes: Count = 64 << 20
@@ -63,13 +65,14 @@ class ApiConfig(msgspec.Struct, frozen=True):
     Attributes
     ----------
     host : str
-        Beyond loopback `cert` and `key` are needed, and every request needs a token.
+        Beyond loopback `cert` and `key` are needed.
     cert, key : str, optional
         PEM files; with them the API speaks HTTPS.
     names : tuple of str
         Host names by which it may be asked, beside loopback's; any other is refused.
     require_token : bool
-        Ask for tokens on loopback, too.
+        False, which is taken on loopback alone: whoever reaches the port may read and operate without a token. Not
+        behind a reverse proxy, which brings everybody there.
     max_body_bytes : int
         Of a request, other than the upload of a bundle.
     requests_per_s, burst : float, int
@@ -81,7 +84,7 @@ class ApiConfig(msgspec.Struct, frozen=True):
     cert: str | None = None
     key: str | None = None
     names: tuple[str, ...] = ()
-    require_token: bool = False
+    require_token: bool = True
     max_body_bytes: Count = 1 << 20
     requests_per_s: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     burst: Count = 200
@@ -259,6 +262,8 @@ def read_cloud_config(path: Path) -> CloudConfig:
             f"{path}: api.host {api.host!r} is not a loopback address, and tokens must not travel in the clear. "
             "Give api.cert and api.key, or use 127.0.0.1 behind a reverse proxy that ends TLS."
         )
+    if not api.require_token and not is_loopback(api.host):
+        raise ConfigError(f"{path}: api.require_token = false is for loopback, not for api.host {api.host!r}.")
     if tls is not None and (tls.cert is None) != (tls.key is None):
         raise ConfigError(f"{path}: broker.tls needs cert and key together. Give both, or neither.")
     return msgspec.structs.replace(config, broker=_named(config.broker))

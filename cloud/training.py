@@ -51,7 +51,8 @@ class Trainings:
     def __init__(self, store: Store, broker: BrokerConfig, folder: Path, metrics: Metrics) -> None:
         self._store, self._broker, self._folder, self._metrics = store, broker, folder, metrics
         self._process: asyncio.subprocess.Process | None = None
-        self._led: tuple[str, ...] = ()
+        self._led: dict[str, int] = {}
+        """What the process leads, and when each was last changed at its start."""
         self._failures = 0
         self._started_s = self._wait_until_s = 0.0
 
@@ -138,8 +139,10 @@ class Trainings:
                     await self._set(connection, row["id"], state, progress["failure"], "training")
         if self._process is not None and self._process.returncode is not None:
             await self._note_end(self._process.returncode)
-        led = tuple(sorted(row["id"] for row in rows))
-        if led != self._led:
+        led = {row["id"]: row["changed_at_ns"] for row in rows}
+        # One that runs and was changed since was stopped or failed, and resumed: it is opened anew.
+        resumed = any(led[row["id"]] != self._led.get(row["id"]) for row in rows if row["state"] == "running")
+        if resumed or led.keys() != self._led.keys():
             await self._end_process()
         if led and self._process is None and time.monotonic() >= self._wait_until_s:
             await self._start({row["id"]: row["wanted"] for row in rows})
@@ -188,7 +191,7 @@ class Trainings:
 
     async def _note_end(self, code: int) -> None:
         """It has ended by itself: start it again, later each time."""
-        self._process, self._led = None, ()
+        self._process, self._led = None, {}
         lasted = time.monotonic() - self._started_s > LONGEST_WAIT_S
         self._failures = 1 if lasted else self._failures + 1
         wait_s = min(2.0**self._failures, LONGEST_WAIT_S)
@@ -198,7 +201,7 @@ class Trainings:
         log.error("the process that leads trainings ended with %d: %s", code, said[-1] if said else "no word")
 
     async def _end_process(self) -> None:
-        process, self._process, self._led = self._process, None, ()
+        process, self._process, self._led = self._process, None, {}
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):

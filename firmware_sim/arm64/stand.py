@@ -207,7 +207,13 @@ class Stand:
         tables = {
             "models": [str(card) for card in cards],
             "broker": {"port": self.port, "tls": tls},
-            "api": {"port": self.api_port, "cert": tls["cert"], "key": tls["key"], "names": [GUEST_HOST]},
+            "api": {
+                "port": self.api_port,
+                "cert": tls["cert"],
+                "key": tls["key"],
+                "names": [GUEST_HOST],
+                "require_token": False,
+            },
             "store": {"url": f"sqlite+aiosqlite:///{folder}/cloud.db"},
             "fleet": fleet,
         }

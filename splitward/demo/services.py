@@ -37,7 +37,8 @@ def start_cloud(folder: Path, bundle: Path, broker_port: int, threads: int = 1) 
     quoted = json.dumps([str(server_card_path(bundle))])
     config = folder / "cloud.toml"
     config.write_text(
-        f"models = {quoted}\n\n[broker]\nport = {broker_port}\nsession_expiry_s = 0\n\n[api]\nport = {port}\n\n"
+        f"models = {quoted}\n\n[broker]\nport = {broker_port}\nsession_expiry_s = 0\n\n"
+        f"[api]\nport = {port}\nrequire_token = false\n\n"
         f"[store]\nurl = {json.dumps(f'sqlite+aiosqlite:///{store}')}\n\n[engine]\nthreads = {threads}\n\n"
         f"[fleet]\nstate_dir = {json.dumps(str(folder / 'cloud-fleet'))}\n",
         encoding="utf-8",

@@ -19,8 +19,8 @@ def address(tmp_path: Path, mosquitto, tiny_bundle):
     port = free_port()
     config = tmp_path / "cloud.toml"
     config.write_text(
-        f"models = []\n[broker]\nport = {mosquitto.port}\n[api]\nport = {port}\nrequests_per_s = 1e6\n"
-        f'burst = 1000000\n[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n'
+        f"models = []\n[broker]\nport = {mosquitto.port}\n[api]\nport = {port}\nrequire_token = false\n"
+        f'requests_per_s = 1e6\nburst = 1000000\n[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n'
         f'[fleet]\nstate_dir = "{tmp_path}/fleet"\ntrusted_key = "{tiny_bundle.trusted_key}"\n'
     )
     with (tmp_path / "log").open("wb") as log:

@@ -103,7 +103,7 @@ def start(tmp_path: Path, card: Path) -> Callable:
         config.write_text(
             f'models = ["{card}"]\n'
             f'[broker]\nhost = "{broker.host}"\nport = {broker.port}\nsession_expiry_s = {expiry_s}\n'
-            f"[api]\nport = {port}\n"
+            f"[api]\nport = {port}\nrequire_token = false\n"
             f'[store]\nurl = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n[fleet]\nstate_dir = "{tmp_path}/fleet"\n'
         )
         process = subprocess.Popen([sys.executable, "-m", "cloud", "--config", str(config)])

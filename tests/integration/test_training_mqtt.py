@@ -279,7 +279,7 @@ def test_devices_take_part_in_a_training_of_the_service(tmp_path: Path, mosquitt
     broker, port = f"port = {mosquitto.port}", free_port()
     config = tmp_path / "cloud.toml"
     config.write_text(
-        f"models = []\n[broker]\n{broker}\n[api]\nport = {port}\n[store]\n"
+        f"models = []\n[broker]\n{broker}\n[api]\nport = {port}\nrequire_token = false\n[store]\n"
         f'url = "sqlite+aiosqlite:///{tmp_path}/cloud.db"\n[fleet]\nstate_dir = "{tmp_path}/fleet"\n'
     )
     url = f"http://127.0.0.1:{port}"

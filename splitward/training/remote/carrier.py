@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import socket
 import ssl
 import sys
@@ -82,7 +83,8 @@ def run_server(
     `goes_on`, where given, decides instead whether to go on; it is asked after each message, and twice a second.
     """
     goes_on = goes_on or (lambda: not all(server.finished for server in servers.values()))
-    link = _Link(broker, f"splitward-trainer-{min(servers).hex()}", topics.every_train())
+    # No site may guess the id: the broker ends a connection when another client comes under its id.
+    link = _Link(broker, f"splitward-trainer-{secrets.token_hex(8)}", topics.every_train())
     heard_s: dict[tuple[bytes, str], float] = {}
     sites: dict[str, str] = {}
     try:

@@ -179,7 +179,7 @@ def run_cloud(tmp_path: Path) -> Callable:
                 changes.get("url", f"sqlite+aiosqlite:///{tmp_path}/cloud.db"), max_dead_letters=5
             ),
             fleet=FleetConfig(state_dir=str(tmp_path / "fleet"), **changes.get("fleet", {})),
-            api=changes.get("api", ApiConfig()),
+            api=changes.get("api", ApiConfig(require_token=False)),
             limits=changes.get("limits", LimitsConfig()),
             trace=changes.get("trace", TraceConfig()),
             batch=BatchConfig(max_size=4, max_wait_ms=changes.get("max_wait_ms", 1)),

@@ -115,7 +115,7 @@ async def test_a_new_result_is_an_event(cloud):
 
 async def test_a_stream_ends_soon_after_its_token_is_revoked(run_cloud, monkeypatch):
     monkeypatch.setattr(feed, "KEEP_ALIVE_S", 0.02)
-    async with run_cloud(api=ApiConfig(require_token=True)) as cloud:
+    async with run_cloud(api=ApiConfig()) as cloud:
         access, found = cloud.parts.access, asyncio.Queue()
         secret = await access.create("viewer", ("read",), "test")
         is_good, outages = access.is_good, iter([True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,13 @@ def test_a_key_of_another_authority_is_refused(tmp_path):
     shutil.copy(tmp_path / "other" / FILES[0], tmp_path / "one" / FILES[0])
     with pytest.raises(ConfigError, match=r"authority.key is not the key of authority.pem. Restore"):
         Authority(tmp_path / "one")
+
+
+def test_a_client_id_is_the_same_at_each_start_and_nobodys_guess(tmp_path):
+    told = [Authority(tmp_path / folder).client_id("worker") for folder in ("one", "one", "other")]
+    assert told[0] == told[1] != told[2]
+    assert re.fullmatch(r"worker-[0-9a-f]{16}", told[0])
+    assert Authority(tmp_path / "one").client_id("worker-2")[8:] != told[0][6:]
 
 
 def test_a_damaged_key_is_named_and_kept(tmp_path):

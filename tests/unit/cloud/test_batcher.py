@@ -53,3 +53,19 @@ async def test_a_closed_batcher_hands_out_what_it_holds_and_takes_nothing():
     assert not batcher.put(b"a", [9])
     assert await batcher.take() == (b"a", [0, 1, 2, 3])
     assert await batcher.take() is None
+
+
+async def test_a_closed_batcher_hands_out_every_batch_of_a_lane_to_all_takers():
+    batcher: Batcher[int] = Batcher(max_size=8, max_wait_s=60)
+    taken: list[int] = []
+
+    async def take_all() -> None:
+        while (batch := await batcher.take()) is not None:
+            taken.extend(batch[1])
+            await asyncio.sleep(0)
+
+    for model in (b"a", b"b"):
+        batcher.put(model, range(50))
+    batcher.close()
+    await asyncio.wait_for(asyncio.gather(take_all(), take_all()), 5)
+    assert sorted(taken) == sorted([*range(50), *range(50)])

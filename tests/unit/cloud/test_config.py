@@ -50,6 +50,15 @@ def test_loopback_is_accepted(write, host):
     assert read_cloud_config(write(f'models = []\n[api]\nhost = "{host}"')).api.host == host
 
 
+def test_tokens_may_be_done_without_on_loopback_alone(write):
+    assert not read_cloud_config(write("models = []\n[api]\nrequire_token = false")).api.require_token
+    text = 'models = []\n[api]\nhost = "192.168.1.4"\ncert = "a.pem"\nkey = "a.key"\nrequire_token = false'
+    with pytest.raises(
+        ConfigError, match=r"require_token = false is for loopback, not for api.host '192.168.1.4'"
+    ):
+        read_cloud_config(write(text))
+
+
 def test_half_a_key_pair_is_refused(write):
     with pytest.raises(ConfigError, match="cert and key together"):
         read_cloud_config(write('models = []\n[broker.tls]\nca = "ca.pem"\ncert = "cert.pem"'))
@@ -89,6 +98,15 @@ def test_a_worker_tells_when_its_certificates_end(tmp_path):
     assert (days_left("api"), days_left("broker")) == pytest.approx((10, 20), abs=0.01)
     Path(names[1]).write_text("half a certif")
     assert math.isnan(days_left("broker"))
+
+
+def test_a_worker_connects_under_an_id_that_no_device_can_guess(tmp_path, monkeypatch):
+    opened: list[BrokerConfig] = []
+    monkeypatch.setattr("cloud.app.open_transport", opened.append)
+    fleet = FleetConfig(state_dir=str(tmp_path / "fleet"))
+    store = StoreConfig(f"sqlite+aiosqlite:///{tmp_path}/cloud.db")
+    create_app(CloudConfig(models=(), broker=BrokerConfig(client_id="worker"), store=store, fleet=fleet))
+    assert [one.client_id for one in opened] == [Authority(tmp_path / "fleet").client_id("worker")]
 
 
 @pytest.mark.parametrize("text", ["", "models = 3", "models = []\n[batch]\nmax_sise = 3"])

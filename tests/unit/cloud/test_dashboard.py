@@ -181,7 +181,7 @@ async def test_the_picture_is_of_the_released_values(cloud: Cloud, browser: Brow
 
 
 async def test_nothing_is_shown_without_a_token_and_the_tab_keeps_it(run_cloud, browser: Browser) -> None:
-    async with run_cloud(api=ApiConfig(require_token=True)) as cloud:
+    async with run_cloud(api=ApiConfig()) as cloud:
         reader = await cloud.parts.access.create("page", ("read",), "test")
         await cloud.transport.send(
             topics.status("ward", "pi-1"), encode_control(Status("online", at_ns=time.time_ns()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import kubernetes_validate
 import pytest
 import yaml
@@ -119,6 +120,24 @@ def test_the_configurations_are_ones_that_the_service_takes() -> None:
     assert other.broker.tls == config.broker.tls
     assert other.store.url == config.store.url
     assert other.fleet.state_dir == config.fleet.state_dir
+
+
+@pytest.mark.anyio
+async def test_the_probes_are_answered_whatever_address_the_pod_has(run_cloud: Any) -> None:
+    (held,) = [one for one in manifests() if one["kind"] == "ConfigMap"]
+    config = build_config(parse_toml(held["data"]["cloud.toml"]), CloudConfig, where="cloud.yaml")
+    (workers,) = [one for one in manifests() if one["kind"] == "StatefulSet"]
+    (container,) = workers["spec"]["template"]["spec"]["containers"]
+    async with run_cloud(api=config.api) as cloud:
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(cloud.app), base_url="https://10.244.1.7:8443")
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            asked = container[probe]["httpGet"]
+            headers = {one["name"]: one["value"] for one in asked["httpHeaders"]}
+            assert (await client.get(asked["path"], headers=headers)).status_code == 200, probe
+        worker = f"{workers['metadata']['name']}-1.{workers['spec']['serviceName']}.splitward.svc.cluster.local"
+        assert (await client.get("/metrics", headers={"Host": f"{worker}:8443"})).status_code == 401  # no token
+        assert (await client.get("/healthz")).status_code == 400
+        await client.aclose()
 
 
 def test_promtool_takes_the_alerts_and_they_go_off_when_they_should() -> None:

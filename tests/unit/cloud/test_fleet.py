@@ -117,7 +117,7 @@ async def test_a_certificate_is_renewed_by_its_holder_until_it_is_revoked(fleet)
 
 
 async def test_tokens_have_scopes_and_can_be_revoked(run_cloud):
-    async with run_cloud(api=ApiConfig(require_token=True)) as cloud:
+    async with run_cloud(api=ApiConfig()) as cloud:
         access = cloud.parts.access
         reader = {"Authorization": f"Bearer {await access.create('reader', ('read',), 'test')}"}
         operator = {"Authorization": f"Bearer {await access.create('operator', ('operate',), 'test')}"}
@@ -155,13 +155,13 @@ async def test_every_route_but_a_devices_own_needs_a_token_off_loopback(run_clou
 
 
 async def test_too_many_requests_are_refused(run_cloud):
-    async with run_cloud(api=ApiConfig(requests_per_s=0.001, burst=3)) as cloud:
+    async with run_cloud(api=ApiConfig(require_token=False, requests_per_s=0.001, burst=3)) as cloud:
         codes = [(await cloud.http.get("/v1/results")).status_code for _ in range(4)]
     assert codes == [200, 200, 200, 429]
 
 
 async def test_a_body_is_bounded_and_every_answer_has_an_id(run_cloud):
-    async with run_cloud(api=ApiConfig(max_body_bytes=2000)) as cloud:
+    async with run_cloud(api=ApiConfig(require_token=False, max_body_bytes=2000)) as cloud:
         answer = await cloud.http.post("/v1/enrolment-tokens", content=b"x" * 3000)
         named = await cloud.http.get("/v1/results", headers={"X-Request-ID": "mine"})
     assert (answer.status_code, answer.json()["reason"]) == (413, "oversize")
@@ -575,6 +575,29 @@ async def test_an_enrolled_device_speaks_for_its_own_site_only(fleet, tiny_bundl
     assert not fleet.parts.orders._outcomes
     listed = await fleet.parts.store.devices()
     assert [(one.site, one.device) for one in listed] == [("ward", "pi-0"), ("ward", "pi-1"), ("ward", "zz")]
+
+
+async def test_a_revoked_device_speaks_for_no_site_until_it_enrols_again(fleet, tiny_bundle):
+    """The broker does not end the connection that it has."""
+    roster = fleet.parts.pipeline._roster
+
+    async def refusals(sequence: int) -> list[str]:
+        fleet.transport.published.clear()
+        await roster.refresh()
+        for site in ("ward", "a-ghost"):
+            message = encode(fleet.activation(sequence, device="zz"))
+            await (await fleet.transport.send(topics.activation(site, "zz"), message)).done.wait()
+        return [one.reason if isinstance(one, Refusal) else "" for _, one in fleet.transport.published]
+
+    assert (await enrol(fleet, "zz", request_for("zz")[1]))[1].status_code == 201
+    assert sorted(await refusals(1)) == ["", "wrong_site"]
+    assert (await fleet.http.post("/v1/devices/zz/revoke", json={})).status_code == 200
+    assert await refusals(2) == ["revoked", "revoked"]
+    roster._form = None  # as a worker that starts now, and finds nobody enrolled
+    roster._sites = {}
+    assert await refusals(2) == ["revoked", "revoked"]
+    assert (await enrol(fleet, "zz", request_for("zz")[1]))[1].status_code == 201
+    assert sorted(await refusals(3)) == ["", "wrong_site"]
 
 
 async def test_a_rollout_leaves_out_where_a_device_is_not_enrolled(either_fleet, tiny_bundle):

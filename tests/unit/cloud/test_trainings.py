@@ -88,6 +88,15 @@ async def test_what_cannot_be_planned_fails_and_says_why(cloud, wrong, words):
     assert words in found["reason"]
 
 
+async def test_a_failed_training_that_is_resumed_is_opened_anew(cloud):
+    name = (await cloud.http.post("/v1/trainings", json=ASKED | {"side": 30})).json()["id"]
+    await until(cloud, name, lambda found: found["state"] == "failed")
+    resumed = await cloud.http.post(f"/v1/trainings/{name}/resume")
+    assert resumed.json()["state"] == "running"
+    found = await until(cloud, name, lambda found: found["state"] == "failed")
+    assert "multiple of 4" in found["reason"]
+
+
 async def test_a_request_that_makes_no_sense_is_refused(cloud):
     for wrong in ({"classes": 1}, {"epochs": 0}, {"precision": "int3"}, {"colour": "red"}, {"name": "a b"}):
         assert (await cloud.http.post("/v1/trainings", json=ASKED | wrong)).status_code == 422
