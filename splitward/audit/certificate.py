@@ -4,11 +4,11 @@ Three bounds on the mean squared error of a pixel, from the strongest statement 
 
 `candidates`
     No assumption on images or network, and none on the attacker's method or computing; what it must not have besides
-    the release is said in `ASSUMPTIONS`. The attacker is handed the list of the N frames and must only find out which
-    one was captured. Its best estimate is then the posterior mean over the list, which the known Gaussian noise law
-    gives in closed form; nobody without the list does better on average over these N frames. Averaged over lists it is
-    also a bound for the population that they were drawn from, because a list can only help. This is what a bundle
-    certifies.
+    the release is said in `ASSUMPTIONS`. The attacker is told the label and handed the list of the N frames, and must
+    only find out which one of that class was captured. Its best estimate is then the posterior mean over the class's
+    frames, which the known Gaussian noise law gives in closed form; nobody without list or label does better on average
+    over these N frames. Averaged over lists it is also a bound for the population that they were drawn from, because a
+    list can only help. This is what a bundle certifies.
 `trace`
     Van Trees: `(1/d) tr((E[I_e] + S)^-1)` with `I_e = J^T J / sigma^2` and S the inverse covariance of the frames
     within a class. For an attacker who knows the label, under a Gaussian prior for each class: real images are not
@@ -44,7 +44,9 @@ ASSUMPTIONS = (
     "secret).",
     "The error is averaged over the frames certified; a single frame that is unlike all others can leak more.",
     "The frames are drawn as the certified ones were; a bound on these says nothing of another hospital's.",
-    "An attacker has as many captures of one scene as stated, no more.",
+    "An attacker has as many captures of one scene as stated, no more, and they are alike before the noise, each with "
+    "noise of its own. Captures that differ, by light or by movement, can tell more together: which values they round "
+    "to, and how often, says where between them the frame lies.",
     "Each frame is drawn independently of the others, and the attacker does not know how often each is sent.",
     "The attacker has no release of a frame of its choice from this very device: the noise is a function of the "
     "frame's values, keyed by the device, so that whoever can feed it a frame and sees the release confirms a guess.",
@@ -58,11 +60,12 @@ class Certificate:
     Attributes
     ----------
     bound_mse : float
-        The candidates bound for one capture.
+        The candidates bound for one capture, for an attacker who knows the label.
     captures_mse : dict of int to float
         The candidates bound for so many captures of each scene.
     identified : float
-        How often the attacker with the list picks the right frame at best, from one capture; an estimate.
+        How often the attacker with the list and the label picks the right frame at best, from one capture; an
+        estimate.
     class_mean_mse : float
         Error of each class's mean over the same frames: what the label alone allows.
     trace_mse, unbiased_mse : float or None
@@ -101,7 +104,7 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
     with torch.no_grad():
         bounded = torch.cat([network.client(network.attack(chunk)) for chunk in frames.split(_CHUNK)])  # type: ignore[no-untyped-call]  # torch leaves it untyped
     clean = network.seal.round_clean(bounded)
-    bounds = {n: candidates_bound(clean, frames, sigma / n**0.5, seed=seed) for n in CAPTURES}
+    bounds = {n: candidates_bound(clean, frames, labels, sigma / n**0.5, seed=seed) for n in CAPTURES}
     fine = network.seal.bound / network.seal.steps <= sigma / FINE
     trace, unbiased = fisher_bounds(network, frames, labels) if fine else (None, None)
     return Certificate(
@@ -118,35 +121,37 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
 
 
 def candidates_bound(
-    clean: Tensor, frames: Tensor, sigma: float, *, draws: int | None = None, seed: int = 0
+    clean: Tensor, frames: Tensor, labels: Tensor, sigma: float, *, draws: int | None = None, seed: int = 0
 ) -> tuple[float, float]:
     """Least mean squared error for an attacker who knows that the frame is one of these, and how often it is found.
 
-    For `z = clean_i + sigma * n` the best estimate is `sum_j w_j x_j`, `w = softmax_j(-||z - clean_j||^2 / (2
-    sigma^2))`. The expectation over the noise is estimated by `draws` draws for each frame, at least 2 (default: 4, and
-    more for few frames, 20,000 in all). So as not to certify more than there is, the error is the mean less two of its
-    standard errors over these draws. Until 28 November 2026 it was the mean of four draws itself, and recorded results
-    of before keep that.
+    The attacker knows the label, too: it chooses among the frames of the class. For `z = clean_i + sigma * n` the best
+    estimate is `sum_j w_j x_j` over those, `w = softmax_j(-||z - clean_j||^2 / (2 sigma^2))`. The expectation over the
+    noise is estimated by `draws` draws for each frame, at least 2 (default: 4, and more for few frames, 20,000 in all).
+    So as not to certify more than there is, the error is the mean less two of its standard errors over these draws.
 
     Parameters
     ----------
     clean : Tensor, [N, k]
         Values before the noise.
     frames : Tensor, [N, C, H, W]
+    labels : Tensor, int64 [N]
     """
     generator = torch.Generator().manual_seed(seed)
-    values, pixels = clean.double().flatten(1), frames.double().flatten(1)
-    draws = draws or max(_DRAWS, _SAMPLES // len(values))
-    squared, found = torch.empty(draws, len(values), dtype=torch.float64), 0.0
-    for draw in range(draws):
-        for rows in torch.arange(len(values)).split(_CHUNK):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            noise = torch.randn(len(rows), values.shape[1], generator=generator, dtype=torch.float64)
-            gaps = torch.cdist(values[rows] + sigma * noise, values).square()
-            weights = (-gaps / (2 * sigma**2)).softmax(1)
-            squared[draw, rows] = (weights @ pixels - pixels[rows]).square().mean(1)
-            found += float(weights.amax(1).sum())
+    draws = draws or max(_DRAWS, _SAMPLES // len(frames))
+    squared, found = torch.empty(draws, len(frames), dtype=torch.float64), 0.0
+    for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = (labels == label).nonzero().flatten()
+        values, pixels = clean[own].double().flatten(1), frames[own].double().flatten(1)
+        for draw in range(draws):
+            for rows in torch.arange(len(own)).split(_CHUNK):  # type: ignore[no-untyped-call]  # likewise
+                noise = torch.randn(len(rows), values.shape[1], generator=generator, dtype=torch.float64)
+                gaps = torch.cdist(values[rows] + sigma * noise, values).square()
+                weights = (-gaps / (2 * sigma**2)).softmax(1)
+                squared[draw, own[rows]] = (weights @ pixels - pixels[rows]).square().mean(1)
+                found += float(weights.amax(1).sum())
     # The frames are given: what is random is each one's noise.
-    deviation = float((squared.var(0).sum() / draws).sqrt()) / len(values)
+    deviation = float((squared.var(0).sum() / draws).sqrt()) / len(frames)
     return max(0.0, float(squared.mean()) - 2 * deviation), found / squared.numel()
 
 

@@ -34,7 +34,7 @@ from splitward.audit.target import Target, open_target, undefended
 from splitward.data import Dataset, open_dataset
 from splitward.errors import AuditError
 from splitward.training.loop import evaluate
-from splitward.training.run import write_atomically
+from splitward.training.run import open_run, write_atomically
 from splitward.versions import versions
 from splitward.wire.bundle import read_trusted_key
 
@@ -62,6 +62,8 @@ def run_audit(settings: AuditSettings) -> int:
     seeds = list(range(settings.seeds or effort.seeds))
     sizes = Sizes(settings.auxiliary or effort.auxiliary, settings.targets or effort.targets)
     case, originals = sizes.draw(target, dataset)
+    if own_data:  # changed since, or split otherwise, they would have training images among the targets
+        open_run(settings.target).check_data(dataset.digest())
     ledger = Ledger(settings.out / "ledger.jsonl", _shared(target, dataset, case, originals, sizes))
     cells: Cells = {
         "deployed": run_suite(case, originals, attacks, ledger, seeds),
@@ -107,10 +109,12 @@ def _open_data(target: Target, settings: AuditSettings) -> tuple[Dataset, bool]:
         if target.data is None:
             raise AuditError(f"{settings.target}: a bundle does not say where its data lies; give --data.")
         spec, task, size = target.data
-        return open_dataset(spec, task=settings.task or task, size=settings.size or size), True
-    size = settings.size or target.frame_shape[-1]
-    same = target.data is not None and settings.data == target.data[0]
-    return open_dataset(settings.data, task=settings.task, size=size), same
+        dataset, same = open_dataset(spec, task=settings.task or task, size=settings.size or size), True
+    else:
+        size = settings.size or target.frame_shape[-1]
+        dataset = open_dataset(settings.data, task=settings.task, size=size)
+        same = target.data is not None and settings.data == target.data[0]
+    return dataset, same
 
 
 def _shared(target: Target, dataset: Dataset, case: Case, originals: Tensor, sizes: Sizes) -> dict[str, Any]:

@@ -16,19 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from splitward.audit.attack import ThreatModel
 from splitward.audit.decoder import Decoder
 from splitward.method.split import SplitNetwork, SplitSettings
-
-CARD = ThreatModel(
-    name="fsha",
-    title="feature-space hijacking",
-    phase="training",
-    knows=("released tensor", "release law", "auxiliary images", "gradient at the cut"),
-    method="A malicious server trains the client half to imitate an encoder whose decoder it holds, by "
-    "gradients of a critic in place of the task's.",
-    source="Pasquini, Ateniese, Bernaschi, CCS 2021",
-)
 
 
 class TrainingServer(Protocol):

@@ -275,8 +275,9 @@ def run_trial(
     """Honest and hijacked trainings of one profile under the guard, as plain values for JSON.
 
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
-    under `conditional`, those of both when they serve the task for `turns_at` batches first under `turning`, and those
-    of the one that is told the labels and serves the task all the while under `blended`.
+    under `conditional`, those of both when they serve the task for `turns_at` batches first under `turning`, those of
+    the one that is told the labels and serves the task all the while under `blended`, and those of the published attack
+    by the frames of one class under `by_one_class`.
 
     Parameters
     ----------
@@ -304,6 +305,7 @@ def run_trial(
         **both(0),
         "turning": {"turns_at": turns_at, **both(turns_at)},
         "blended": hijacked(True, blended=True),
+        "by_one_class": hijacked(False, by_one_class=True),
         "floor_ssim": floor,
         "honest_trainings": len(honest),
         "false_alarms": sum(course.alarm_step is not None for course in honest),

@@ -132,7 +132,7 @@ def check_certificate(
     if target.network is not None:
         certificate = certify(target.network, originals, case.labels)
         stated |= certificate.to_dict() if certificate is not None else {}
-    stated["bound_mse"], _ = candidates_bound(clean, originals, target.law.sigma)
+    stated["bound_mse"], _ = candidates_bound(clean, originals, case.labels, target.law.sigma)
     bounds: dict[tuple[int, int], float] = {}
     checked = []
     for row in rows:
@@ -142,7 +142,8 @@ def check_certificate(
         key = (row["targets"], captures)
         if key not in bounds:
             sigma = target.law.sigma / captures**0.5
-            bounds[key], _ = candidates_bound(clean[: key[0]], originals[: key[0]], sigma)
+            own = (clean[: key[0]], originals[: key[0]], case.labels[: key[0]])
+            bounds[key], _ = candidates_bound(*own, sigma)
         mse = row["mse"]["mean"]
         checked.append(
             {"attack": row["name"], "targets": key[0], "captures": captures, "mse": mse,

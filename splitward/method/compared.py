@@ -1,7 +1,8 @@
 """Parts of the defences that `sealed` is compared with; a device ships none of them.
 
 NoPeek (Vepakomma et al. 2020) lowers the distance correlation of frame and activation, ResSFL (Li et al., CVPR 2022)
-trains against a decoder of its own, and the control sends nothing but its own classifier's label.
+trains against a decoder of its own, and the controls send nothing but the label or the scores
+of a classifier of their own.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Adversary(nn.Module):
 
 
 class LabelServer(nn.Module):
-    """Server half of the control: the device's label is the answer of every stream."""
+    """Server half of the controls: what the device found is the answer of every stream."""
 
     def __init__(self) -> None:
         super().__init__()

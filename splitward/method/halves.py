@@ -19,7 +19,9 @@ from splitward.method.recovery import MU, Recovery
 from splitward.method.sealing import Bottleneck
 
 Size = Literal["small", "residual"]
-Kind = Literal["sealed", "projection", "channels", "label"]
+Kind = Literal["sealed", "projection", "channels", "label", "scores"]
+CONTROLS: tuple[Kind, ...] = ("label", "scores")
+"""Bottlenecks of no defence: a device that classifies by itself, and sends its label or its scores."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class NetworkSettings:
         Whether the client half takes the map.
     values : int
         Values of the bottleneck (channels of it, for "channels"); 0 releases the whole activation.
-    bottleneck : "sealed", "projection", "channels" or "label"
+    bottleneck : "sealed", "projection", "channels", "label" or "scores"
         What makes these values. All but "sealed" belong to compared defences (`splitward.method.compared`).
     recovery : "svt" or "low_rank_sparse"
     mu : float

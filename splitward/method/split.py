@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from splitward.method.compared import Adversary, LabelServer
-from splitward.method.halves import ClientHalf, Kind, NetworkSettings, ServerHalf, StreamOutputs
+from splitward.method.halves import CONTROLS, ClientHalf, Kind, NetworkSettings, ServerHalf, StreamOutputs
 from splitward.method.saliency import LocalClassifier, MapSettings, Saliency
 from splitward.method.sealing import FINEST, Seal, Spread
 
@@ -79,8 +79,12 @@ COMPARED: dict[str, DefenceSettings] = {
     "projection": DefenceSettings("projection", values=64, bottleneck="projection"),
     "psgl-published": DefenceSettings("psgl-published", MapSettings(outputs="probabilities", eps=0.0)),
     "label": DefenceSettings("label", values=1, bottleneck="label"),
+    "scores": DefenceSettings("scores", values=1, bottleneck="scores"),
 }
-"""What `sealed` is compared with, in one harness; `label` is the control that sends its own label."""
+"""What `sealed` is compared with, in one harness; `label` and `scores` are the controls, which send the label or the
+scores of a classifier of their own."""
+SCORE_BOUND = 16.0
+"""Of the logits that `scores` sends, a byte each (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class SplitNetwork(nn.Module):
         self.settings = settings
         network, defence = settings.network, settings.defence
         self.client = ClientHalf(network)
-        self.server: nn.Module = LabelServer() if network.bottleneck == "label" else ServerHalf(network)
+        self.server: nn.Module = LabelServer() if network.bottleneck in CONTROLS else ServerHalf(network)
         self.saliency = (
             Saliency(LocalClassifier(network.channels, network.side, network.classes), defence.map)
             if defence.map is not None
@@ -155,6 +159,8 @@ class SplitNetwork(nn.Module):
             return released
         if self.settings.network.bottleneck == "label" and not self.training:
             return F.one_hot(activation.argmax(1), activation.shape[1]).to(activation.dtype)
+        if self.settings.network.bottleneck == "scores" and not self.training:
+            return (activation / self.settings.scale).round().clamp(-127, 127) * self.settings.scale
         if sigma := self.settings.defence.noise_of(training=self.training):
             return activation + sigma * (torch.randn_like(activation) if noise is None else noise)
         return activation

@@ -20,7 +20,7 @@ ATTACKERS = {"none": 3, "psgl": 3, "sealed": 3}
 """Attackers' seeds for each target network; 1 for every other defence."""
 TARGET_SEEDS = (0, 1, 2)
 CORE = ("ridge", "neighbour", CEILING, "decoder-residual", "decoder-label-conditioned", "optimise")
-"""The attacks that come out strongest."""
+"""The attacks that every defence meets, by every attacker: strong ones that take minutes. Others can be stronger."""
 TIMES = 4.0
 """How much more of the strongest attack is tried."""
 
@@ -111,8 +111,8 @@ SEARCHES = {
 SEARCH_ATTACKS = (CEILING, "decoder-residual", "decoder-label-conditioned", "averaging-residual")
 
 DEFENCE_NAMES = (*DEFENCES, *COMPARED)
-CONTROL = "label"
-"""No defence: a device that sends its own classifier's label."""
+CONTROLS = ("label", "scores")
+"""No defences: a device that sends the label, or the scores, of a classifier of its own."""
 
 
 def attacker_seeds(defence: str, target_seed: int) -> tuple[int, ...]:
@@ -124,10 +124,10 @@ def attacker_seeds(defence: str, target_seed: int) -> tuple[int, ...]:
 def attack_names(defence: str, index: int) -> tuple[str, ...]:
     """Attacks that attacker number `index` makes on a target.
 
-    All of them on `sealed`, and once on what it is compared with first; else the strongest, which can only flatter
-    the others. A label has no gradient, so that only those that need no weights work on the control.
+    All of them on `sealed`, and once on what it is compared with first; else `CORE`, which can only flatter the
+    others. A label and a rounded score have no gradient, so that only those that need no weights work on the controls.
     """
-    if defence == CONTROL:
+    if defence in CONTROLS:
         return tuple(name for name in CORE if not NEEDS_RUN & set(QUICK[name].card.knows))
     if defence == "sealed" or (defence in ATTACKERS and index == 0):
         return tuple(QUICK)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from splitward.reproduce.paper_page import table
-from splitward.reproduce.plan import CONTROL, PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
+from splitward.reproduce.plan import CONTROLS, PLANS, TARGET_SEEDS, Plan, attack_names, attacker_seeds
 
 UNEVEN = 0.05
 """Deviation of a defence's accuracies over which the page tells each of them."""
@@ -15,10 +15,12 @@ _READ = """\
 How to read them: docs/method.md. `worst SSIM` and `least MSE` are those of the attack at inference that gains most over
 what the label alone allows on its targets, which stands in brackets; means over target networks and attackers, ± the
 standard deviation of the networks' means where there are two or more. The floors need nothing but the label: the mean
-image of each class, and for SSIM the image of each class that was drawn to have the highest (an attacker who knows the
-label sends that one). No accurate classifier can leak less. `sealed` is attacked by every attack with every attacker's
-seed, `none` and `psgl` by every attack once and by the six strongest on them with the other seeds, the others by these
-six: a defence that was attacked less can only look better. Attacks on training are in `privacy.json`, apart.
+image of each class, for SSIM the image of each class that was drawn to have the highest (an attacker who knows the
+label sends that one), and the mean of all images, of which the best counts. No accurate classifier can leak less.
+`sealed` is attacked by every attack with every attacker's seed, `none` and `psgl` by every attack once a network and by
+six of them (`CORE` in `reproduce/plan.py`) with the other seeds, the others by these six: a defence that was attacked
+less can only look better. Where the worst attack was made by fewer attackers than the row has, its cells are counted
+behind it. Attacks on training are in `privacy.json`, apart.
 """
 
 
@@ -51,11 +53,16 @@ SHOWN = {
     "pneumoniamnist": "PneumoniaMNIST, 28x28",
     "mias": "mini-MIAS regions, 64x64",
 }
-CONTRASTED = {"none": "none", "sealed": "**sealed**", CONTROL: "the device sends its own label"}
+CONTRASTED = {
+    "none": "none",
+    "sealed": "**sealed**",
+    "label": "the device sends its own label",
+    "scores": "the device sends its own scores",
+}
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """The table of the README: *sealed* between what it protects from and what a label alone would do."""
+    """The table of the README: *sealed* between what it protects from and what label or scores alone would do."""
     header = (
         "data",
         "defence",
@@ -79,7 +86,7 @@ def readme_table(results: dict[str, Any]) -> str:
         )
         for data, shown in SHOWN.items()
         for defence, words in CONTRASTED.items()
-        for row in (results[data]["defences"][defence],)
+        if (row := results[data]["defences"].get(defence))
     ]
     return table(header, cells)
 
@@ -95,9 +102,9 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
             _percent(row["accuracy"], row["accuracy_std"]),
             f"{row['auc']:.4f}",
             _spread(row["worst_ssim"], row["worst_ssim_std"], 3) + f" ({row['worst_ssim_floor']:.3f})",
-            row["worst_attack"],
+            _made_by(row, "worst_attack"),
             f"{row['min_mse']:.4f} ({row['min_mse_floor']:.4f})",
-            row["min_mse_attack"],
+            _made_by(row, "min_mse_attack"),
             str(row["released_bytes"]),
             f"{row['target_seeds']} x {row['attackers']}",
         )
@@ -122,7 +129,8 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
         table(header, cells),
         "\nFloors: " + "; ".join(
             f"{floor.replace('_', ' ')} SSIM {one['ssim']:.3f}, MSE {one['mse']:.4f}" for floor, one in floors.items()
-        ) + f". On the frontier: {', '.join(found['frontier'])}; without the control `{CONTROL}`: "
+        ) + f". On the frontier of networks {', '.join(map(str, found['point_seeds']))}, which all rows have: "
+        f"{', '.join(found['frontier'])}; without the controls {_named(CONTROLS)}: "
         f"{', '.join(found['frontier_of_defences'])}.\n",
     ]  # fmt: skip
     if missing:
@@ -139,8 +147,7 @@ def _data_set(name: str, found: dict[str, Any], schedule: str) -> str:
         )
     if sealed := rows.get("sealed"):
         lines.append(_sealed(sealed, found["certificate"]))
-        if control := rows.get(CONTROL):
-            lines.append(_beside_control(sealed, control))
+        lines += [_beside(sealed, name, rows[name]) for name in CONTROLS if name in rows]
     return "\n".join(lines)
 
 
@@ -169,12 +176,22 @@ def _each(row: dict[str, Any]) -> str:
     return ", ".join(f"{100 * accuracy:.1f} %" for accuracy in row["accuracies"])
 
 
-def _beside_control(sealed: dict[str, Any], control: dict[str, Any]) -> str:
+def _made_by(row: dict[str, Any], which: str) -> str:
+    """An attack, and its cells where they are fewer than the row's networks have attackers."""
+    cells, planned = row[f"{which}_cells"], row["target_seeds"] * row["attackers"]
+    return str(row[which]) + (f" ({cells})" if cells < planned else "")
+
+
+def _named(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _beside(sealed: dict[str, Any], name: str, control: dict[str, Any]) -> str:
     points, auc, ssim, mse = (
         sealed[what] - control[what] for what in ("accuracy", "auc", "worst_ssim", "min_mse")
     )
     return (
-        f"Sealed less the control `{CONTROL}`: accuracy {100 * points:+.2f} points, AUC {auc:+.3f}, "
+        f"Sealed less the control `{name}`: accuracy {100 * points:+.2f} points, AUC {auc:+.3f}, "
         f"worst SSIM {ssim:+.3f}, least MSE {mse:+.4f}.\n"
     )
 
@@ -193,15 +210,15 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
     if certificate:
         broken = ", ".join(certificate["broken_by"]) or "no attack"
         captures = "; ".join(
-            f"{bound:.4f} from {count} captures of a scene"
+            f"{bound:.4f} from {count} captures that are alike before the noise"
             for count, bound in certificate["captures_mse"].items()
             if count != "1"
         )
         lines.append(
-            f"Certificate: no attacker's MSE is below {certificate['bound_mse']:.4f} ({captures}) on "
-            f"{certificate['frames']} held-out frames, where the class means have "
-            f"{certificate['class_mean_mse']:.4f}. Other frames have another bound: held against that of the very "
-            f"frames that it attacked, it is broken by {broken}."
+            f"Certificate, the least of {certificate['networks']} networks: no attacker who knows the label has an MSE "
+            f"below {certificate['bound_mse']:.4f} ({captures}) on {certificate['frames']} held-out frames, where the "
+            f"class means have {certificate['class_mean_mse']:.4f}. Other frames have another bound: held against that "
+            f"of the very frames that it attacked, it is broken by {broken}."
         )
     return "\n".join(lines) + "\n"
 
@@ -237,6 +254,7 @@ def _attackers(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         (f"as published{turns}", later),
         (f"critic told the labels{turns}", later["conditional"]),
         ("critic told the labels, serves the task as well", row["blended"]),
+        *([("by the frames of one class", row["by_one_class"])] if "by_one_class" in row else []),
     ]
 
 

@@ -5,43 +5,50 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from splitward.audit.attacks import QUICK
 from splitward.audit.frontier import Point, draw_frontier, frontier
+from splitward.audit.measure import label_floor
 from splitward.errors import AuditError
-from splitward.reproduce.plan import CONTROL, TIMES
-from splitward.reproduce.privacy import MORE_BUDGET
+from splitward.reproduce.plan import CONTROLS, TIMES
+from splitward.reproduce.privacy import CERTIFICATE, MORE_BUDGET, is_current
 from splitward.reproduce.privacy_page import privacy_page
 from splitward.training.run import write_atomically
 from splitward.versions import versions
 
 Line = dict[str, Any]
+Targets = dict[int, list[Line]]
+"""Ledgers of one defence's networks, by target seed."""
 COMMANDS = {
     kind: f"splitward reproduce {kind} --out docs/results --data FOLDER" for kind in ("privacy", "search")
 }
 _TRAINING = "training"
 
 
-def read_cells(folder: Path) -> dict[str, dict[str, list[list[Line]]]]:
-    """Lines of every target network's ledger whose training is done: data set, defence, targets, lines.
+def read_cells(folder: Path) -> dict[str, dict[str, Targets]]:
+    """Lines of every target network's ledger whose training is done: data set, defence, target seed, lines.
+
+    Cells of an attack that was changed since are left out: they wait to be made again.
 
     Raises
     ------
     AuditError
         A line is damaged.
     """
-    found: dict[str, dict[str, list[list[Line]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, Targets]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(folder.glob("*.jsonl")):
         try:
             _, *lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise AuditError(f"{path}: a line is damaged: {error}. Run the grid again.") from error
         data, rest = path.stem.split("-", 1)
+        defence, seed = rest.rsplit("-", 1)
         if any(line["key"].get("cell") == _TRAINING for line in lines):
-            found[data][rest.rsplit("-", 1)[0]].append(lines)
+            found[data][defence][int(seed)] = [line for line in lines if is_current(line["key"])]
     return found
 
 
@@ -49,19 +56,27 @@ def make_table(folder: Path) -> dict[str, Any]:
     """The whole table, as `docs/results/privacy.json` holds it."""
     sets: dict[str, Any] = {}
     for data, defences in read_cells(folder).items():
-        rows = {name: _defence(targets) for name, targets in defences.items()}
-        points = _points(rows)
-        floors = _floors([line for targets in defences.values() for line in _trainings(targets)])
+        rows = {name: _defence(list(targets.values())) for name, targets in defences.items()}
+        # Networks of other seeds have other targets, and may have another test split: only the same are compared.
+        common = sorted(set.intersection(*(set(targets) for targets in defences.values())))
+        points = _points(
+            {name: _defence([targets[seed] for seed in common]) for name, targets in defences.items()}
+            if common
+            else {}
+        )
+        floors = _floors({seed: lines for targets in defences.values() for seed, lines in targets.items()})
         sets[data] = {
             "floors": floors,
             "undefended_accuracy": rows["none"]["accuracy"] if "none" in rows else None,
             "defences": rows,
             "failing_attacks": _failing(rows["none"], floors) if "none" in rows else [],
+            "points": [asdict(point) for point in points],
+            "point_seeds": common,
             "frontier": [point.name for point in frontier(points)],
             "frontier_of_defences": [
-                point.name for point in frontier([one for one in points if one.name != CONTROL])
+                point.name for point in frontier([one for one in points if one.name not in CONTROLS])
             ],
-            "certificate": _certificate(defences.get("sealed", [])),
+            "certificate": _certificate(list(defences.get("sealed", {}).values())),
         }
     return {**sets, "versions": versions()}
 
@@ -70,8 +85,9 @@ def _trainings(targets: Iterable[list[Line]]) -> list[Line]:
     return [line["result"] for lines in targets for line in lines if line["key"].get("cell") == _TRAINING]
 
 
-def _floors(trainings: Sequence[Line]) -> dict[str, Any]:
-    """Means over the target networks, whose attackers and targets are drawn by their seeds."""
+def _floors(targets: Targets) -> dict[str, Any]:
+    """Means over the target seeds, which draw attackers and targets; one network of each."""
+    trainings = _trainings(targets.values())
     names = trainings[0]["floors"]
     return {
         name: {
@@ -108,18 +124,18 @@ def _defence(targets: list[list[Line]]) -> dict[str, Any]:
     }
     passive = {name: one for name, one in attacks.items() if one["phase"] == "inference"}
     if passive:
-        by_ssim = max(passive, key=lambda name: passive[name]["ssim"] - passive[name]["class_template_ssim"])
-        by_mse = min(
-            passive, key=lambda name: passive[name]["mse"] / max(passive[name]["class_mean_mse"], 1e-12)
-        )
+        by_ssim = max(passive, key=lambda name: passive[name]["ssim"] - passive[name]["floor_ssim"])
+        by_mse = min(passive, key=lambda name: passive[name]["mse"] / max(passive[name]["floor_mse"], 1e-12))
         row |= {
             "worst_ssim": passive[by_ssim]["ssim"],
             "worst_ssim_std": passive[by_ssim]["ssim_std"],
-            "worst_ssim_floor": passive[by_ssim]["class_template_ssim"],
+            "worst_ssim_floor": passive[by_ssim]["floor_ssim"],
             "worst_attack": by_ssim,
+            "worst_attack_cells": passive[by_ssim]["cells"],
             "min_mse": passive[by_mse]["mse"],
-            "min_mse_floor": passive[by_mse]["class_mean_mse"],
+            "min_mse_floor": passive[by_mse]["floor_mse"],
             "min_mse_attack": by_mse,
+            "min_mse_attack_cells": passive[by_mse]["cells"],
             "targets": passive[by_ssim]["targets"],
             "auxiliary": trainings[0]["auxiliary"],
         }
@@ -180,10 +196,8 @@ def _attacks(targets: list[list[Line]], attacked: str) -> dict[str, Any]:
             "ssim_max": round(max(cell["ssim"]["mean"] for cell in found), 5),
             "mse": round(fmean(cell["mse"]["mean"] for cell in found), 6),
             "mse_min": round(min(cell["mse"]["mean"] for cell in found), 6),
-            "class_mean_mse": round(fmean(cell["floors"]["class_mean"]["mse"]["mean"] for cell in found), 6),
-            "class_template_ssim": round(
-                fmean(cell["floors"]["class_template"]["ssim"]["mean"] for cell in found), 5
-            ),
+            "floor_ssim": round(fmean(label_floor(cell["floors"], "ssim") for cell in found), 5),
+            "floor_mse": round(fmean(label_floor(cell["floors"], "mse") for cell in found), 6),
             "cells": len(found),
             "seconds": round(fmean(cell["seconds"] for cell in found), 1),
         }
@@ -212,8 +226,8 @@ def _failing(none: dict[str, Any], floors: dict[str, Any]) -> list[str]:
 
 
 def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
-    """The sealed networks' certificates, and the attacks whose error lies below the bound on their own targets."""
-    given = [one["certificate"] for one in _trainings(targets) if one["certificate"]]
+    """The least of the sealed networks' certificates, and the attacks whose error is under that of their targets."""
+    given = [line["result"] for lines in targets for line in lines if line["key"] == CERTIFICATE]
     if not given:
         return None
     broken = sorted(
@@ -226,13 +240,15 @@ def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
     )
     return {
         **{
-            key: round(fmean(one[key] for one in given), 6)
-            for key in ("bound_mse", "identified", "class_mean_mse", "trace_mse", "unbiased_mse")
+            key: round(min(one[key] for one in given), 6)
+            for key in ("bound_mse", "class_mean_mse", "trace_mse", "unbiased_mse")
             if given[0][key] is not None
         },
+        "identified": round(max(one["identified"] for one in given), 6),
         "captures_mse": {
-            n: round(fmean(one["captures_mse"][n] for one in given), 6) for n in given[0]["captures_mse"]
+            n: round(min(one["captures_mse"][n] for one in given), 6) for n in given[0]["captures_mse"]
         },
+        "networks": len(given),
         "frames": given[0]["frames"],
         "assumptions": given[0]["assumptions"],
         "broken_by": broken,
@@ -242,7 +258,7 @@ def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
 def _is_certified(line: Line) -> bool:
     """Whether the certificate speaks of this attack: it knows what was released, and no gradients of a training."""
     attack = line["key"].get("attack")
-    return "bound_mse" in line["result"] and QUICK[attack].card.phase == "inference"
+    return attack is not None and "bound_mse" in line["result"] and QUICK[attack].card.phase == "inference"
 
 
 def _points(rows: dict[str, Any]) -> list[Point]:
@@ -271,7 +287,11 @@ def write_table(out: Path, kind: str = "privacy") -> dict[str, Any]:
         write_atomically(out / "privacy.md", privacy_page(table))
     write_atomically(out / f"{kind}.json", json.dumps(table, indent=2) + "\n")
     for data, one in table.items():
-        if isinstance(one, dict) and "defences" in one and (points := _points(one["defences"])):
+        if (
+            isinstance(one, dict)
+            and "defences" in one
+            and (points := [Point(**point) for point in one["points"]])
+        ):
             floors = one["floors"]
             lines = {
                 "label, best SSIM": floors["class_template"]["ssim"],

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from splitward.data import Dataset
 from splitward.errors import TrainingError
-from splitward.method.halves import NetworkSettings
+from splitward.method.halves import CONTROLS, NetworkSettings
 from splitward.method.sealing import FINEST, Spread
-from splitward.method.split import COMPARED, DEFENCES, DefenceSettings, SplitSettings
+from splitward.method.split import COMPARED, DEFENCES, SCORE_BOUND, DefenceSettings, SplitSettings
 from splitward.wire.release import ReleaseLaw
 
 SMALL_SIDE = 32
@@ -129,7 +129,7 @@ def frame_settings(
     defence = known[profile]
     if profile == "sealed" and not small:
         defence = replace(defence, values=RESIDUAL_VALUES)
-    if defence.bottleneck == "label":
+    if defence.bottleneck in CONTROLS:
         defence = replace(defence, values=classes)
     defence = _changed(defence, seal or {}, saliency or {})
     network = NetworkSettings(
@@ -181,8 +181,8 @@ def _changed(defence: DefenceSettings, seal: dict[str, Any], saliency: dict[str,
     saliency = {name: value for name, value in saliency.items() if value is not None}
     if lacking := [name for name, own in _SEAL.items() if name in seal and not getattr(defence, own)]:
         raise TrainingError(f"{defence.profile} has no seal: {', '.join(lacking)} cannot be given. Use sealed.")
-    if "values" in seal and defence.bottleneck == "label":
-        raise TrainingError("label releases a value for each class: values cannot be given.")
+    if "values" in seal and defence.bottleneck in CONTROLS:
+        raise TrainingError(f"{defence.profile} releases a value for each class: values cannot be given.")
     if saliency and defence.map is None:
         raise TrainingError(f"{defence.profile} has no map: {', '.join(saliency)} cannot be given. Use psgl.")
     changed = replace(defence, **seal, map=replace(defence.map, **saliency) if defence.map else None)
@@ -194,4 +194,6 @@ def release_law(network: NetworkSettings, defence: DefenceSettings) -> ReleaseLa
     """The law under which a device releases what this network makes."""
     if defence.sealed:
         return ReleaseLaw(network.release_shape, "int8", 1.0, defence.sigma, defence.steps)
+    if network.bottleneck == "scores":
+        return ReleaseLaw(network.release_shape, "int8", SCORE_BOUND)
     return ReleaseLaw(network.release_shape, "float32")

@@ -22,7 +22,7 @@ from splitward.reproduce.privacy import Grid, open_plan, run_grid, without_test
 from splitward.reproduce.privacy_page import privacy_page
 from splitward.reproduce.table import make_table, write_table
 
-DEFENCES = ("none", "sealed", "label")
+DEFENCES = ("none", "sealed", "label", "scores")
 
 
 def told(detected: bool, at: list[int | None], ssim: float | None) -> dict[str, object]:
@@ -143,7 +143,7 @@ def test_the_page_shows_the_tables_figures(grid, monkeypatch):
     assert f"| sealed | {100 * row['accuracy']:.2f}" in page
     assert f"| {row['worst_ssim']:.3f} ({row['worst_ssim_floor']:.3f}) | cheat |" in page
     assert f"{row['auxiliary']} auxiliary images, 20 targets" in page
-    assert "Not complete: label, none, sealed" in page
+    assert "Not complete: label, none, scores, sealed" in page
     assert "it is broken by cheat" in page
     assert "| sealed | critic told the labels | no | 40, - |  | 0.500 | 0.318 | 0 of 20 |" in page
     assert "| sealed | critic told the labels, serves the task as well | late | 51 |" in page
@@ -169,10 +169,27 @@ def test_an_attack_below_the_bound_is_named(grid):
     assert certificate["assumptions"]
 
 
-def test_attacks_that_need_a_gradient_leave_the_control_out(grid):
+def test_attacks_that_need_a_gradient_leave_the_controls_out(grid):
     rows = json.loads((grid.out / "privacy.json").read_text())["phantom"]["defences"]
-    assert rows["label"]["attacks"].keys() == {"ridge"}
+    for control in ("label", "scores"):
+        assert rows[control]["attacks"].keys() == {"ridge"}
+    assert (rows["label"]["released_bytes"], rows["scores"]["released_bytes"]) == (8, 2)
     assert rows["none"]["attacks"].keys() == {"ridge", "scaled", "cheat", "on-training"}
+
+
+def test_a_cell_of_an_attack_that_was_changed_since_waits_to_be_made_again(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(privacy, "QUICK", {"ridge": Ridge()})
+    assert privacy.is_current({"cell": "training"})
+    key = json.loads(json.dumps(privacy.cell_key("ridge", Ridge(), 100, "deployed")))
+    assert privacy.is_current(key)
+    for changed in ({"budget": {**key["budget"], "effort": 9}}, {"attack": "gone"}):
+        assert not privacy.is_current({**key, **changed})
+    (old := tmp_path / "privacy").mkdir()
+    for path in (grid.out / "privacy").glob("*.jsonl"):
+        (old / path.name).write_text(path.read_text())
+    monkeypatch.setattr(table, "QUICK", {"ridge": Ridge()})
+    rows = table.make_table(old)["phantom"]["defences"]
+    assert {name for row in rows.values() for name in row["attacks"]} == {"ridge"}
 
 
 def test_more_of_the_strongest_attack_is_tried_on_sealed(grid):

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from splitward.errors import TrainingError
+from splitward.method.halves import CONTROLS
 from splitward.training.settings import RunSettings
 
 Arrangement = Literal["single", "turn", "splitfed-v1", "splitfed-v2", "fedsgd"]
@@ -72,8 +73,8 @@ class Plan:
             )
         if self.noise and not self.clip:
             raise TrainingError("noise without clip has no scale: give clip, the norm to which it relates.")
-        if self.run.split.defence.profile == "label":
-            raise TrainingError("the profile label has no server half to train: choose another defence.")
+        if (profile := self.run.split.defence.profile) in CONTROLS:
+            raise TrainingError(f"the profile {profile} has no server half to train: choose another defence.")
 
     @property
     def pooled(self) -> bool:

@@ -13,6 +13,8 @@ from splitward.method.split import SplitNetwork
 from splitward.training.loop import frames_of, to_unit
 from splitward.training.settings import split_settings
 
+ALIKE = torch.zeros(200, dtype=torch.int64)
+
 
 @pytest.fixture(scope="module")
 def sealed() -> tuple[SplitNetwork, torch.Tensor, torch.Tensor]:
@@ -26,14 +28,14 @@ def sealed() -> tuple[SplitNetwork, torch.Tensor, torch.Tensor]:
 
 def test_without_noise_the_list_gives_every_frame_away():
     values, frames = torch.randn(50, 4), torch.rand(50, 1, 12, 12)
-    bound, identified = candidates_bound(values, frames, 1e-4)
+    bound, identified = candidates_bound(values, frames, ALIKE[:50], 1e-4)
     assert bound < 1e-12
     assert identified == pytest.approx(1)
 
 
 def test_with_noise_alone_only_the_mean_of_the_list_is_left():
     frames = torch.rand(50, 1, 12, 12)
-    bound, identified = candidates_bound(torch.randn(50, 4), frames, 1e6)
+    bound, identified = candidates_bound(torch.randn(50, 4), frames, ALIKE[:50], 1e6)
     assert bound == pytest.approx(float((frames - frames.mean(0)).square().mean()), rel=1e-5)
     assert identified == pytest.approx(1 / 50, rel=1e-3)
 
@@ -54,17 +56,28 @@ def two() -> tuple[torch.Tensor, torch.Tensor, float]:
 def test_two_frames_have_the_error_of_the_textbook(two):
     """Few frames get as many draws as many do: of two frames, four draws would tell little."""
     values, frames, error = two
-    bound, _ = candidates_bound(values, frames, SIGMA)
+    bound, _ = candidates_bound(values, frames, ALIKE[:2], SIGMA)
     assert 0.93 * error < bound < error
 
 
 def test_the_bound_is_below_the_error_and_not_about_it(two):
     """Two standard errors: about one seed in forty is above."""
     values, frames, error = two
-    found = [candidates_bound(values, frames, SIGMA, draws=50, seed=seed)[0] for seed in range(100)]
+    found = [candidates_bound(values, frames, ALIKE[:2], SIGMA, draws=50, seed=seed)[0] for seed in range(100)]
     assert sum(bound > error for bound in found) <= 8
     assert min(found) >= 0
     assert sum(found) / len(found) > 0.5 * error
+
+
+def test_who_knows_the_label_has_only_its_class_to_choose_from():
+    """Nothing but the class is released: what is left is the spread within it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 2
+    frames = 0.2 + 0.6 * labels.view(-1, 1, 1, 1) + 0.01 * torch.randn(100, 1, 8, 8, generator=generator)
+    bound, _ = candidates_bound(torch.zeros(100, 4), frames, labels, 1.0)
+    within = sum(float((own - own.mean(0)).square().mean()) for own in (frames[0::2], frames[1::2])) / 2
+    assert bound == pytest.approx(within, rel=1e-4)
+    assert candidates_bound(torch.zeros(100, 4), frames, ALIKE[:100], 1.0)[0] > 100 * bound
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
@@ -74,7 +87,7 @@ def test_no_estimator_beats_the_candidates_bound(sigma):
     frames = torch.rand(200, 1, 8, 8, generator=generator)
     flat = frames.flatten(1).double()
     clean = flat @ torch.randn(64, 6, generator=generator, dtype=torch.float64) / 8
-    bound, _ = candidates_bound(clean, frames, sigma, draws=20)
+    bound, _ = candidates_bound(clean, frames, ALIKE, sigma, draws=20)
     noisy = clean + sigma * torch.randn(200, 6, generator=generator, dtype=torch.float64)
     nearest = flat[torch.cdist(noisy, clean).argmin(1)]
     design = torch.cat((noisy, torch.ones(200, 1, dtype=torch.float64)), 1)

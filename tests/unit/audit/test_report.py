@@ -130,7 +130,7 @@ def test_a_gate_that_nothing_was_measured_for_is_no_pass(audit, fake, capsys):
 
 
 def test_an_attack_below_the_bound_breaks_the_certificate(audit, fake, phantoms, monkeypatch):
-    monkeypatch.setattr("splitward.audit.summary.candidates_bound", lambda *args: (1.0, 0.0))
+    monkeypatch.setattr("splitward.audit.summary.candidates_bound", lambda *_: (1.0, 0.0))
     code, results, text = audit()
     assert code == 2
     assert results["certificate"]["broken_by"] == [flow.CEILING, "ridge"]

@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from splitward.method.compared import Adversary, _centred_distances, distance_correlation
-from splitward.method.halves import NetworkSettings
-from splitward.method.split import COMPARED, SplitNetwork, SplitSettings
+from splitward.method.halves import CONTROLS, NetworkSettings
+from splitward.method.split import COMPARED, SCORE_BOUND, SplitNetwork, SplitSettings
+from splitward.training.settings import release_law
 
 
 def network_for(name: str, classes: int = 4) -> SplitNetwork:
     defence = COMPARED[name]
-    if name == "label":
+    if name in CONTROLS:
         defence = replace(defence, values=classes)
     settings = NetworkSettings(
         "small", 1, 12, classes, mapped=defence.map is not None, values=defence.values,
         bottleneck=defence.bottleneck,
     )  # fmt: skip
     torch.manual_seed(0)
-    return SplitNetwork(SplitSettings(settings, defence))
+    law = release_law(settings, defence)
+    return SplitNetwork(SplitSettings(settings, defence, law.bound, law.scale))
 
 
 def test_distance_correlation_of_the_same_thing_is_one():
@@ -88,6 +90,22 @@ def test_the_control_sends_its_label_and_nothing_else():
     assert step.released.sum(1).eq(1).all()
     for scores in step.outputs:
         torch.testing.assert_close(scores.argmax(1), step.activation.argmax(1))
+
+
+def test_the_other_control_sends_a_byte_of_each_score():
+    network, frames = network_for("scores"), torch.rand(16, 1, 12, 12)
+    with torch.no_grad():
+        network.client.bottleneck.dense.weight.mul_(100)
+    trained = network(frames)
+    assert trained.released is trained.activation  # as they are, so that it can learn
+    step = network.eval()(frames)
+    steps = step.released / (SCORE_BOUND / 127)
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+    assert steps.abs().max() <= 127.001
+    within = step.activation.abs() < SCORE_BOUND
+    gap = (step.released - step.activation)[within].abs().max()
+    assert 0 < gap <= SCORE_BOUND / 254 + 1e-4
+    assert release_law(network.settings.network, network.settings.defence).dtype == "int8"
 
 
 @pytest.mark.parametrize("name", ["gaussian", "cem"])
