@@ -147,6 +147,7 @@ class Agent:
                 self._tell(now_s)
         finally:
             self._notifier.say("STOPPING=1")
+            self._updates.stop()
             self._drain_releaser()
             self._delivery.finish()
             self._link.stop(self._status("offline"))
@@ -207,7 +208,7 @@ class Agent:
             elif isinstance(event, Disconnected):
                 self._book.disconnect()
             elif isinstance(event, Acknowledged):
-                self._book.acknowledge(event.mid)
+                self._book.acknowledge(event.mid, event.kept)
 
     def _spool_frame(self, frame: Released) -> None:
         self._boot = frame.boot.hex()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,23 +72,27 @@ def install(request: InstallRequest) -> InstallReport:
     return InstallReport(bundle.model.hex(), bundle.manifest.name)
 
 
-def install_apart(request: InstallRequest) -> InstallReport:
-    """As `install`, in a process of its own, within the configured time."""
+def install_apart(
+    request: InstallRequest, started: Callable[[subprocess.Popen[bytes]], None] = lambda _: None
+) -> InstallReport:
+    """As `install`, in a process of its own, given to `started`, within the configured time."""
     limit_s = request.config.update.fetch_s
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edge.installation"],
-            input=msgspec.json.encode(request),
-            stdout=subprocess.PIPE,
-            timeout=limit_s,
-            check=False,
+    command = [sys.executable, "-m", "edge.installation"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        started(process)
+        try:
+            answer, _ = process.communicate(msgspec.json.encode(request), limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return InstallReport(
+                request.model, reason="timeout", message=f"not installed within {limit_s:.0f} s."
+            )
+    if process.returncode != 0:
+        reason = "probe_hung" if process.returncode == -signal.SIGALRM else "probe_crashed"
+        return InstallReport(
+            request.model, reason=reason, message=f"the probe ended with {process.returncode}."
         )
-    except subprocess.TimeoutExpired:
-        return InstallReport(request.model, reason="timeout", message=f"not installed within {limit_s:.0f} s.")
-    if done.returncode != 0:
-        reason = "probe_hung" if done.returncode == -signal.SIGALRM else "probe_crashed"
-        return InstallReport(request.model, reason=reason, message=f"the probe ended with {done.returncode}.")
-    return msgspec.json.decode(done.stdout, type=InstallReport)
+    return msgspec.json.decode(answer, type=InstallReport)
 
 
 def _stage(request: InstallRequest, staged: Path) -> None:

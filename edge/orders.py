@@ -1,7 +1,7 @@
 """Signed orders: whom they are from, whether they were carried out already, and what became of them.
 
-The last order is kept on the disk before it is carried out. After a power cut an unfinished one is taken up again, and
-an outcome that the broker has not acknowledged is sent again.
+An order is on the disk before it is carried out, each with an outcome of its own. After a power cut unfinished ones are
+taken up again, and an outcome that the broker has not acknowledged is sent again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,56 @@ from splitward.wire.control import Outcome
 from splitward.wire.orders import Announcement, Command, Order, decode_order
 
 State = Literal["accepted", "done", "refused", "rolled_back", "failed"]
-MAX_UNTOLD = 32
+KEPT = 16
+"""Orders of a kind whose outcomes are kept."""
 log = logging.getLogger(__name__)
 
 
-class Record(Struct, frozen=True):
-    """`orders.json`: the last order that was taken up, its latest outcome, and outcomes that nobody has yet."""
+class Entry(Struct, frozen=True):
+    """The latest outcome of an order, the order while that is not final, and whether the broker has the outcome."""
 
-    serial: int = -1
+    outcome: Outcome
+    order: Announcement | Command | None = None
+    told: bool = False
+
+
+class Serials(Struct, frozen=True):
+    """The last orders that were taken up: of those that choose the model, and of all others."""
+
+    model: int
+    agent: int
+
+
+class Record(Struct, frozen=True):
+    """`orders.json`, `orders` oldest first. `serial` is the highest: all that agents before this form understand."""
+
+    serial: int
+    serials: Serials
+    orders: tuple[Entry, ...]
+
+
+class FirstRecord(Struct, frozen=True):
+    """`orders.json` in its first form: the last order alone, and outcomes that nobody has yet."""
+
+    serial: int
     order: Announcement | Command | None = None
     outcome: Outcome | None = None
     untold: tuple[Outcome, ...] = ()
+
+    def upgrade(self) -> Record:
+        """The same in the present form."""
+        order, last = self.order, self.outcome
+        entries = [Entry(one) for one in self.untold if one != last]
+        if last is not None:
+            entries.append(
+                Entry(last, order if last.state == "accepted" else None, told=last not in self.untold)
+            )
+        return Record(self.serial, Serials(self.serial, self.serial), tuple(entries))
+
+
+def chooses_model(order: Order) -> bool:
+    """Whether an order says which bundle is to run. A later one takes the place of an earlier one."""
+    return isinstance(order, Announcement) or order.name == "rollback"
 
 
 class OrderBook:
@@ -64,10 +103,9 @@ class OrderBook:
         self._record = self._load()
 
     @property
-    def unfinished(self) -> Order | None:
-        """The last order, where it was taken up and has no final outcome."""
-        outcome = self._record.outcome
-        return self._record.order if outcome is not None and outcome.state == "accepted" else None
+    def unfinished(self) -> tuple[Order, ...]:
+        """Orders that were taken up and have no final outcome, oldest first."""
+        return tuple(one.order for one in self._record.orders if one.order is not None)
 
     def take(self, payload: bytes) -> Order | None:
         """The order held by `payload`, noted on the disk, if it is to be carried out now."""
@@ -91,55 +129,72 @@ class OrderBook:
             self._tell(self._outcome(order, "refused", "orders_damaged", message))
             self._refuse("orders_damaged", message)
             return None
-        last = self._record
-        if last.order is not None and order.id == last.order.id:
-            if last.outcome is not None:
-                self._tell(last.outcome)
+        before = self._record
+        known = [one.outcome for one in before.orders if one.outcome.of == order.id]
+        if known:
+            self._tell(known[-1])
             return None
-        if order.serial <= last.serial:
-            message = f"serial {order.serial} is not above {last.serial}, that of the last order."
+        subject = "model" if chooses_model(order) else "agent"
+        last = getattr(before.serials, subject)
+        if order.serial <= last:
+            message = f"serial {order.serial} is not above {last}, that of the last such order."
             self._tell(self._outcome(order, "refused", "old_order", message))
             self._refuse("old_order", message)
             return None
-        accepted = self._outcome(order, "accepted", "", "")
-        if not self._save(Record(order.serial, order, accepted, last.untold)):
-            self._record = last  # an order that cannot be noted is not carried out
+        accepted = Entry(self._outcome(order, "accepted", "", ""), order)
+        alike = [one for one in before.orders if one.outcome.kind == accepted.outcome.kind]
+        kept = [self._overtake(one, order) for one in before.orders if one not in alike[: 1 - KEPT]]
+        serials = msgspec.structs.replace(before.serials, **{subject: order.serial})
+        if not self._save(Record(max(before.serial, order.serial), serials, (*kept, accepted))):
+            self._record = before  # an order that cannot be noted is not carried out
             self._tell(self._outcome(order, "failed", "no_space", "the order cannot be written to the disk."))
             return None
-        self._tell(accepted)
+        for entry in self._record.orders:
+            if entry not in before.orders:  # the new one, and one whose place it takes
+                self._tell(entry.outcome)
         return order
 
     def settle(self, order_id: str, state: State, reason: str = "", message: str = "") -> None:
-        """Note and tell what became of the order `order_id`; of another than the last nothing is kept."""
-        order = self._record.order
-        if order is None or order.id != order_id:
-            return
-        outcome = self._outcome(order, state, reason, message)
-        level = logging.INFO if state == "done" else logging.ERROR
-        log.log(level, "order %s: %s %s %s", order_id, state, reason, message)
-        untold = (*self._record.untold, outcome)[-MAX_UNTOLD:]
-        self._save(msgspec.structs.replace(self._record, outcome=outcome, untold=untold))
-        self._tell(outcome)
+        """Note and tell what became of the order `order_id`, once: what is final stays."""
+        for entry in self._record.orders:
+            if entry.order is not None and entry.order.id == order_id:
+                level = logging.INFO if state == "done" else logging.ERROR
+                log.log(level, "order %s: %s %s %s", order_id, state, reason, message)
+                settled = Entry(self._outcome(entry.order, state, reason, message))
+                self._change(entry, settled)
+                self._tell(settled.outcome)
 
     def connect(self, resumed: bool) -> None:
         """Tell again what was not acknowledged."""
         self._connected = True
         if not resumed:
             self._under_way.clear()
-        for outcome in self._record.untold:
-            if outcome not in self._under_way.values():
-                self._tell(outcome)
+        for entry in self._record.orders:
+            if not entry.told and entry.outcome not in self._under_way.values():
+                self._tell(entry.outcome)
 
     def disconnect(self) -> None:
         """Keep outcomes until there is a connection."""
         self._connected = False
 
-    def acknowledge(self, mid: int) -> None:
-        """Note that the broker has the outcome that was published as `mid`."""
+    def acknowledge(self, mid: int, kept: bool) -> None:
+        """Note that the broker has the outcome that was published as `mid`, or that it has not `kept` it."""
         outcome = self._under_way.pop(mid, None)
-        if outcome in self._record.untold:
-            untold = tuple(one for one in self._record.untold if one != outcome)
-            self._save(msgspec.structs.replace(self._record, untold=untold))
+        for entry in self._record.orders:
+            if kept and entry.outcome == outcome and not entry.told:
+                self._change(entry, msgspec.structs.replace(entry, told=True))
+
+    def _overtake(self, entry: Entry, order: Order) -> Entry:
+        """What `order`, taken up now, leaves of an earlier one."""
+        earlier = entry.order
+        if earlier is None or not (chooses_model(earlier) and chooses_model(order)):
+            return entry
+        message = f"order {order.id} came before it was finished."
+        return Entry(self._outcome(earlier, "failed", "superseded", message))
+
+    def _change(self, entry: Entry, changed: Entry) -> None:
+        orders = tuple(changed if one is entry else one for one in self._record.orders)
+        self._save(msgspec.structs.replace(self._record, orders=orders))
 
     def _tell(self, outcome: Outcome) -> None:
         if self._connected:
@@ -154,14 +209,19 @@ class OrderBook:
         self.refused[reason] = self.refused.get(reason, 0) + 1
 
     def _load(self) -> Record:
+        nothing = Record(-1, Serials(-1, -1), ())
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=Record)
+            data = self._path.read_bytes()
+            try:
+                return msgspec.json.decode(data, type=Record)
+            except msgspec.ValidationError:
+                return msgspec.json.decode(data, type=FirstRecord).upgrade()
         except FileNotFoundError:
-            return Record()
+            return nothing
         except (OSError, msgspec.DecodeError) as error:
             log.error("%s: cannot be read (%s); orders are refused until it is removed", self._path, error)
             self._damaged = True
-            return Record()
+            return nothing
 
     def _save(self, record: Record) -> bool:
         self._record = record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from edge.config import EdgeConfig
 from edge.errors import UpdateError
 from edge.models import ModelStore
-from edge.orders import OrderBook, State
+from edge.orders import OrderBook, State, chooses_model
 from edge.settings import change_remotely, with_changes
 from splitward.errors import ConfigError, SplitwardError
 from splitward.wire.orders import Announcement, Command, Order
@@ -64,31 +65,32 @@ class Updates:
         self._post = post
         self._change_model = change_model
         self._installing = ""
+        self._installers: list[subprocess.Popen[bytes]] = []
         self._trial_ends_s: float | None = None
         self._good = self._bad = 0
         self.restart = False
 
     def resume(self) -> None:
         """Take up what a power cut interrupted. Call once, before anything else."""
-        order = self._book.unfinished
         trial = self._models.active.trial
-        if order is None:
-            return
-        if isinstance(order, Command):
-            # It was being carried out; what it does is done or not, and a restart has just happened.
-            if order.name == "restart":
+        for order in self._book.unfinished:
+            if isinstance(order, Command):
+                # It was being carried out; what it does is done or not, and a restart has just happened.
+                if order.name == "restart":
+                    self._book.settle(order.id, "done")
+                else:
+                    self._book.settle(order.id, "failed", "interrupted", "the agent ended in the middle of it.")
+            elif trial is not None and trial.order == order.id:
+                log.info("the bundle of order %s goes on being tried", order.id)
+            elif self._models.active.model == order.model:
                 self._book.settle(order.id, "done")
             else:
-                self._book.settle(order.id, "failed", "interrupted", "the agent ended in the middle of it.")
-        elif trial is not None and trial.order == order.id:
-            log.info("the bundle of order %s goes on being tried", order.id)
-        elif self._models.active.model == order.model:
-            self._book.settle(order.id, "done")
-        else:
-            self._install(order)
+                self._install(order)
 
     def take(self, order: Order) -> None:
         """Begin to carry out an order."""
+        if chooses_model(order):
+            self.stop()
         if isinstance(order, Announcement):
             if order.model == self._models.active.model and self._models.active.trial is None:
                 self._book.settle(order.id, "done", message="it runs already.")
@@ -103,6 +105,12 @@ class Updates:
         else:
             self._start_job(order.id, lambda: _collect(self._config))
 
+    def stop(self) -> None:
+        """End an installation that is under way; `resume` goes on with it, if its order still stands."""
+        self._installing = ""
+        for installer in self._installers:
+            installer.kill()
+
     def follow(self, done: Done) -> None:
         """Note that a job has ended."""
         if not done.model:
@@ -111,7 +119,7 @@ class Updates:
             self.restart |= done.restart
             return
         if done.order != self._installing:
-            return  # a later announcement has taken its place
+            return  # it was stopped
         self._installing = ""
         if done.reason:
             transient = done.reason in ("unreachable", "no_space", "timeout") or done.reason.startswith("http_")
@@ -189,8 +197,13 @@ class Updates:
             allow_older=order.allow_older,
         )
 
+        def started(installer: subprocess.Popen[bytes]) -> None:
+            self._installers.append(installer)
+            if self._installing != order.id:  # stopped before it began
+                installer.kill()
+
         def run() -> Done:
-            report = install_apart(request)
+            report = install_apart(request, started)
             return Done(order.id, order.model, report.reason, report.message)
 
         self._start_job(order.id, run, order.model)

@@ -106,6 +106,32 @@ def test_an_announced_bundle_is_fetched_tried_and_kept(
     assert len(cloud.answers) == len(set(cloud.answers))
 
 
+def test_a_command_within_a_trial_leaves_both_their_outcomes(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud
+) -> None:
+    config = settings(tmp_path, mosquitto, tiny_bundle, web, trial_s=600.0)
+    model = newer(tiny_bundle, tmp_path / "second.bundle")
+    with cloud_at(mosquitto) as cloud:
+        with running(config) as reports:
+            bundle = announce(cloud, web, 1, publish(web, tmp_path / "second.bundle", model))
+            cloud.wait(
+                lambda: "device-1" in cloud.statuses and cloud.statuses["device-1"][-1].model_name == "second"
+            )
+            setting = command(cloud, web, 2, "configure", **{"link.status_s": 2.5})
+            assert cloud.outcome_of(setting).state == "done"
+            cloud.wait(lambda: cloud.statuses["device-1"][-1].state == "offline")
+        assert reports[0].restart
+        assert ModelStore(config).active.trial is not None
+        shorter = msgspec.structs.replace(config.update, trial_s=1.0)
+        with running(
+            msgspec.structs.replace(config, update=shorter)
+        ):  # and the retained announcement comes again
+            outcome = cloud.outcome_of(bundle)
+            assert (outcome.state, outcome.model) == ("done", model.hex())
+    states = {(one.of, one.state) for one in cloud.outcomes}
+    assert states == {(one, state) for one in (bundle, setting) for state in ("accepted", "done")}
+
+
 def test_part_of_a_file_is_kept_until_another_is_announced(tmp_path: Path) -> None:
     config = EdgeConfig(device=DeviceConfig(state_dir=str(tmp_path)), update=UpdateConfig(fetch_tries=1))
     staging = ModelStore(config).staging
@@ -250,7 +276,7 @@ def test_a_bundle_that_crashes_the_releaser_is_rolled_back(
     config = settings(tmp_path, mosquitto, tiny_bundle, web, trial_s=60.0)
     model = newer(tiny_bundle, tmp_path / "second.bundle")
 
-    def install_and_spoil(request: InstallRequest) -> Any:
+    def install_and_spoil(request: InstallRequest, _started: Any) -> Any:
         report = install(request)
         ModelStore(config).path(report.model).write_bytes(b"no bundle any more")
         return report

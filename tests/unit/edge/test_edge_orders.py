@@ -1,7 +1,9 @@
-"""Settings from their sources, and what orders may change; the order book over restarts."""
+"""Settings from their sources, and what orders may change; the order book over restarts and replays."""
 
 from __future__ import annotations
 
+import os
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge.config import DeviceConfig, EdgeConfig
-from edge.orders import OrderBook
+from edge.config import DeviceConfig, EdgeConfig, UpdateConfig
+from edge.models import ModelStore
+from edge.orders import KEPT, OrderBook
 from edge.settings import REMOTE, change_remotely, load_settings
+from edge.updates import Done, Updates
 from splitward.errors import ConfigError
 from splitward.wire.control import Outcome
-from splitward.wire.orders import Command, encode_order
+from splitward.wire.orders import Announcement, Command, Order, encode_order
 
 KEY = Ed25519PrivateKey.generate()
 
@@ -34,6 +38,11 @@ def order(serial: int, name: Any = "restart", **arguments: Any) -> Command:
     )
 
 
+def announcement(serial: int, model: str = "0f" * 16) -> Announcement:
+    said = {"model": model, "url": "https://127.0.0.1:1/bundle", "sha256": "ab" * 32, "size": 1000}
+    return Announcement(id=f"{serial:032x}", serial=serial, site="demo", device="device-1", **said)
+
+
 class Book:
     """An order book whose outcomes are kept."""
 
@@ -45,24 +54,159 @@ class Book:
         self.told.append(outcome)
         return len(self.told)
 
+    def take(self, one: Order) -> bool:
+        """Whether an order, sent now, is to be carried out."""
+        return self.book.take(encode_order(one, KEY)) is not None
+
+    def said(self, one: Order) -> list[tuple[str, str]]:
+        """State and reason of each outcome of `one` so far."""
+        return [(told.state, told.reason) for told in self.told if told.of == one.id]
+
 
 def test_an_outcome_is_told_until_the_broker_has_it(tmp_path: Path) -> None:
     config = settings(tmp_path)
     first = Book(config)
     assert first.book.take(encode_order(order(3), KEY)) == order(3)
-    assert first.book.unfinished == order(3)
+    assert first.book.unfinished == (order(3),)
     first.book.settle(order(3).id, "done")
     assert first.told == [], "there is no connection"
     second = Book(config)  # a power cut
-    assert second.book.unfinished is None
+    assert second.book.unfinished == ()
     second.book.connect(resumed=False)
     assert [one.state for one in second.told] == ["done"]
-    second.book.acknowledge(1)
+    second.book.acknowledge(1, kept=False)  # nobody was there to keep it for
+    second.book.connect(resumed=True)
+    assert [one.state for one in second.told] == ["done", "done"]
+    second.book.acknowledge(2, kept=True)
     third = Book(config)
     third.book.connect(resumed=False)
     assert third.told == []
     assert third.book.take(encode_order(order(3), KEY)) is None, "it was carried out"
     assert [one.state for one in third.told] == ["done"], "and its outcome is told again"
+
+
+def test_an_announcement_s_outcome_is_kept_over_later_commands(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    bundle, diagnostics = announcement(1), order(2, "diagnostics")
+    first = Book(config)
+    first.book.connect(resumed=False)
+    assert first.take(bundle)
+    assert first.take(diagnostics)
+    first.book.disconnect()
+    first.book.settle(diagnostics.id, "done")
+    first.book.settle(bundle.id, "rolled_back", "crashed", "as the test wants")
+    second = Book(config)  # a power cut
+    second.book.connect(resumed=False)
+    assert (second.said(bundle), second.said(diagnostics)) == ([("rolled_back", "crashed")], [("done", "")])
+
+
+def test_a_retained_announcement_is_answered_as_before(tmp_path: Path) -> None:
+    book = Book(settings(tmp_path))
+    book.book.connect(resumed=False)
+    bundle = announcement(1)
+    assert book.take(bundle)
+    assert book.take(order(2, "diagnostics"))
+    assert not book.take(bundle)
+    book.book.settle(bundle.id, "done")
+    for serial in range(3, 3 + 2 * KEPT):
+        assert book.take(order(serial))
+        book.book.settle(order(serial).id, "done")
+    assert not book.take(bundle)
+    assert book.said(bundle) == [("accepted", ""), ("accepted", ""), ("done", ""), ("done", "")]
+    assert book.book.refused == {}
+
+
+def test_an_installation_goes_on_after_a_command_and_a_power_cut(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(settings(tmp_path), update=UpdateConfig(fetch_tries=1))
+    first = Book(config)
+    assert first.take(announcement(1))
+    assert first.take(order(2, "diagnostics"))
+    assert first.take(order(3, "restart"))
+    assert Book(config).book.unfinished == (announcement(1), order(2, "diagnostics"), order(3, "restart"))
+    second, done = Book(config), queue.SimpleQueue[Done]()
+    Updates(config, ModelStore(config), second.book, done.put, lambda: None).resume()
+    assert done.get(timeout=60).order == announcement(1).id, "it was fetched again"
+    second.book.connect(resumed=False)
+    assert second.said(order(2))[-1] == ("failed", "interrupted")
+    assert second.said(order(3))[-1] == ("done", "")
+
+
+def test_an_installation_ends_with_the_agent_or_when_overtaken(tmp_path: Path, monkeypatch: Any) -> None:
+    config, running = settings(tmp_path), tmp_path / "running"
+    os.mkfifo(running)
+    program = tmp_path / "python"  # an installer that never ends: its end is read at the other end of the pipe
+    program.write_text(f"#!/bin/sh\nexec sleep 600 > {running}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    book = Book(config)
+    book.book.connect(resumed=False)
+    updates = Updates(config, ModelStore(config), book.book, lambda _: None, lambda: None)
+    for one, end in (
+        (announcement(1), lambda: updates.take(order(2, "rollback"))),
+        (announcement(3), updates.stop),
+    ):
+        assert book.take(one)
+        updates.take(one)
+        with running.open("rb") as pipe:
+            assert book.take(order(2, "rollback")) == (one.serial == 1)
+            end()
+            assert pipe.read() == b""
+    assert book.said(announcement(1)) == [("accepted", ""), ("failed", "superseded")]
+    assert book.said(order(2)) == [("accepted", ""), ("failed", "no_previous"), ("failed", "no_previous")]
+    assert Book(config).book.unfinished == (announcement(3),), "it is resumed"
+
+
+def test_no_order_is_followed_after_a_later_one_that_it_would_undo(tmp_path: Path) -> None:
+    """An attacker at the broker has every order there was, and holds back or repeats what it likes."""
+    config = settings(tmp_path)
+    early = {"bundle": announcement(1), "back": order(2, "rollback"), "setting": order(3, "configure")}
+    book = Book(config)
+    book.book.connect(resumed=False)
+    assert book.take(announcement(4))
+    assert not book.take(early["bundle"])
+    assert not book.take(early["back"])
+    assert book.take(early["setting"]), "it waits for no bundle"
+    assert book.take(order(6, "rollback"))
+    assert not book.take(announcement(5)), "the device was ordered back since"
+    assert book.take(order(8, "configure"))
+    assert book.take(announcement(7)), "it was under way for longer than a command that has no part in it"
+    for serial in range(9, 9 + 2 * KEPT):
+        assert book.take(order(serial, "configure"))
+    again = Book(config)
+    again.book.connect(resumed=False)
+    for one in (*early.values(), announcement(4), announcement(5), order(6, "rollback"), order(8, "configure")):
+        assert not book.take(one)
+        assert not again.take(one), "a restart changes nothing"
+    assert ("refused", "old_order") in again.said(early["setting"]), "what became of it is long forgotten"
+
+
+@pytest.mark.parametrize("last", [announcement(7), order(7)])
+def test_a_record_in_its_first_form_is_read(tmp_path: Path, last: Order) -> None:
+    def outcome(serial: int, kind: Any, state: Any) -> Outcome:
+        return Outcome(f"{serial:032x}", kind, state)
+
+    kind = "bundle" if isinstance(last, Announcement) else "command"
+    written = {
+        "serial": 7,
+        "order": last,
+        "outcome": outcome(7, kind, "accepted"),
+        "untold": [outcome(6, "command", "done")],
+    }
+    (tmp_path / "orders.json").write_bytes(msgspec.json.encode(written))
+    config = settings(tmp_path)
+    book = Book(config)
+    assert book.book.unfinished == (last,)
+    book.book.connect(resumed=False)
+    assert book.said(order(6)) == [("done", "")]
+    for old in (announcement(5), order(5), order(5, "rollback")):
+        assert not book.take(old)
+    book.book.settle(last.id, "done")
+    assert not book.take(last)
+    assert book.said(last)[-2:] == [("done", ""), ("done", "")]
+    assert book.take(announcement(8))
+    assert book.take(order(9))
+    kept = msgspec.json.decode((tmp_path / "orders.json").read_bytes())
+    assert kept["serial"] == 9, "an agent of the first form, where it runs again, takes nothing older"
 
 
 def test_without_its_key_an_order_is_refused_and_the_agent_goes_on(tmp_path: Path) -> None:
