@@ -38,6 +38,12 @@ def add_reproduce(commands: Any) -> None:
     _add_grid(streams)
     streams.set_defaults(run=_streams)
 
+    recaptures = experiments.add_parser(
+        "recaptures", help="what captures that differ tell of the sealed networks that `privacy` left in --runs"
+    )
+    _add_grid(recaptures)
+    recaptures.set_defaults(run=_recaptures)
+
     hijack = experiments.add_parser(
         "hijack", help="feature-space hijacking of a training, under the client's guard"
     )
@@ -115,6 +121,33 @@ def _streams(arguments: argparse.Namespace) -> int:
         command=_command(arguments),
     )
     sys.stdout.write(f"{arguments.out / 'streams.json'}\n")
+    return 0
+
+
+def _recaptures(arguments: argparse.Namespace) -> int:
+    from splitward.audit.target import open_target
+    from splitward.reproduce.plan import PLANS, TARGET_SEEDS
+    from splitward.reproduce.privacy import open_plan
+    from splitward.reproduce.recaptures import MOVEMENTS, attack_recaptures
+    from splitward.training.run import write_atomically
+    from splitward.versions import versions
+
+    found: dict[str, Any] = {}
+    for name in _chosen("--only", arguments.only, tuple(PLANS)):
+        for seed in TARGET_SEEDS:
+            folder = arguments.runs / "privacy" / f"{name}-sealed-{seed}"
+            if folder.exists():
+                target, plan = open_target(folder), PLANS[name]
+                dataset = open_plan(plan, arguments.data, seed)
+                found[folder.name] = [
+                    attack_recaptures(target, dataset, targets=plan.targets, movement=one, seed=seed)
+                    for one in MOVEMENTS
+                ]
+                sys.stdout.write(f"{folder.name}: {json.dumps(found[folder.name])}\n")
+    out = arguments.out / "recaptures.json"
+    text = json.dumps({**found, "command": _command(arguments), "versions": versions()}, indent=2)
+    write_atomically(out, text + "\n")
+    sys.stdout.write(f"{out}\n")
     return 0
 
 

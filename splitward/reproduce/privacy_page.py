@@ -34,6 +34,7 @@ def privacy_page(results: dict[str, Any]) -> str:
     for name, plan in PLANS.items():
         if name in results:
             parts.append(_data_set(name, results[name], _schedule(plan)))
+            parts += _recaptured(name, results.get("recaptures", {}))
     if fsha := results.get("fsha"):
         parts.append(_fsha(fsha))
     return "\n".join(parts)
@@ -221,6 +222,27 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
             f"of the very frames that it attacked, it is broken by {broken}."
         )
     return "\n".join(lines) + "\n"
+
+
+def _recaptured(name: str, found: dict[str, Any]) -> list[str]:
+    """What captures that differ tell, over the networks of a data set for which it was measured."""
+    rows = [row for network, rows in found.items() if network.startswith(f"{name}-sealed-") for row in rows]
+    told = []
+    for noise, pixels in sorted({(row["noise"], row["pixels"]) for row in rows}):
+        alike = [row for row in rows if (row["noise"], row["pixels"]) == (noise, pixels)]
+        below = sum(row["below"] for row in alike)
+        told.append(
+            (f"{noise:g}", str(pixels), ", ".join(f"{row['codes']:.2f}" for row in alike),
+             ", ".join(f"{row['mse']:.4f} ± {row['mse_error']:.4f}" for row in alike),
+             ", ".join(f"{row['bound_mse'][str(row['captures'])]:.4f}" for row in alike),
+             f"{below} of {len(alike)}")
+        )  # fmt: skip
+    header = ("camera noise", "pixels moved", "codes of a scene", "MSE", "bound for 8 alike", "below it")
+    words = (
+        f"Captures that differ tell more than that bound says (`{found.get('command')}`): an attacker who knows the "
+        "label and holds the list of the scenes, from 8 captures of each under the device's key, network by network:\n"
+    )
+    return [words, table(header, told)] if told else []
 
 
 def _fsha(found: dict[str, Any]) -> str:

@@ -279,11 +279,12 @@ def _points(rows: dict[str, Any]) -> list[Point]:
 def write_table(out: Path, kind: str = "privacy") -> dict[str, Any]:
     """Write `KIND.json` and a plot for each data set, and the page of the privacy table; returns the table.
 
-    What `splitward reproduce hijack` left in OUT/hijack*.json is taken into the privacy table.
+    What `splitward reproduce hijack` and `recaptures` left in OUT is taken into the privacy table.
     """
     table = make_table(out / kind) | {"command": COMMANDS[kind]}
     if kind == "privacy":
         table |= _fsha(sorted(out.glob("hijack*.json")))
+        table |= _recaptures(out / "recaptures.json")
         write_atomically(out / "privacy.md", privacy_page(table))
     write_atomically(out / f"{kind}.json", json.dumps(table, indent=2) + "\n")
     for data, one in table.items():
@@ -318,6 +319,11 @@ def _fsha(paths: Sequence[Path]) -> dict[str, Any]:
     short = {name: _without_curves(row) for name, row in profiles.items()}
     first = {key: short["sealed"][key] for key in named} if "sealed" in short else {}
     return {"fsha": {**first, "profiles": short, "command": "; ".join(found["command"] for found in trials)}}
+
+
+def _recaptures(path: Path) -> dict[str, Any]:
+    """What captures that differ tell of each sealed network, where that was measured."""
+    return {"recaptures": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
 
 
 def _without_curves(row: dict[str, Any]) -> dict[str, Any]:
