@@ -72,7 +72,8 @@ def enroll(url: str, token: str, site: str, device: str, out: Path, ca: Path | N
         A name cannot be one, `out` cannot be written, or is root's where the agent is not; nothing was sent then.
     FetchError
         The cloud refuses, or cannot be reached; `.reason` is `http_403` where the token is not good any more,
-        `http_409` where the device id is taken, `http_422` where the request cannot be used.
+        `http_409` where the device id is taken, `http_422` where the request cannot be used. After `unreachable` or
+        `bad_answer` the token may be spent on this key: the same call gets the certificate again.
     """
     for name in (site, device):
         if not NAME.fullmatch(name):
