@@ -102,6 +102,7 @@ def test_metrics_are_served_on_a_socket_and_on_the_loopback(tmp_path: Path) -> N
             assert answer.read() == b"there\n"
     finally:
         server.close()
+    MetricsServer(f"127.0.0.1:{port}", lambda: "").close()  # a restart, right after a scrape
     with pytest.raises(EdgeError, match=r"health\.metrics"):
         MetricsServer("nonsense", lambda: "")
 

@@ -6,20 +6,24 @@ import configparser
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tarfile
+import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge.agent import run_agent
 from edge.cli import main
 from edge.config import EdgeConfig
 from edge.install import EXAMPLE, STATE
 from edge.settings import load_settings
+from edge.system.health import main as health_of_container
 from edge.system.site import AGENT_ID
-from firmware_sim.broker import Broker
+from firmware_sim.broker import Broker, free_port
 from splitward.config import build_config, parse_toml
 
 UNITS = Path(str(files("edge"))) / "systemd"
@@ -177,6 +181,28 @@ def test_no_bundle_runs_where_nothing_says_which(settings: Path, tmp_path: Path,
     assert main(["run", "--config", str(settings)]) == 2
     assert "active.json: cannot be read" in capsys.readouterr().err
     assert main(["diagnostics", "--config", str(settings), "--out", str(tmp_path)]) == 0, "now they are needed"
+
+
+def test_a_port_that_is_taken_costs_the_metrics_and_not_the_agent(settings: Path, caplog: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        environment = {
+            "SPLITWARD_EDGE__HEALTH__METRICS": address,
+            "SPLITWARD_EDGE__BROKER__PORT": str(free_port()),
+        }
+        stop = threading.Event()
+        stop.set()
+        assert run_agent(load_settings(settings, environment), stop=stop).captured == 0
+    assert address in caplog.text
+
+
+def test_the_container_s_health_goes_by_the_agent_s_own_settings(settings: Path, monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        port = broker.getsockname()[1]
+        assert health_of_container([str(settings)]) == 1
+        with socket.create_connection(("127.0.0.1", port)):
+            monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", str(port))
+            assert health_of_container([str(settings)]) == 0
 
 
 def test_enrolment_says_that_the_token_s_file_is_missing(tmp_path: Path, capsys: Any) -> None:
