@@ -1,4 +1,7 @@
-"""How a device gets its certificate: a one-time token made by an operator, a request signed on the device."""
+"""How a device gets its certificate: a one-time token made by an operator, a request signed on the device.
+
+A token that is used becomes one of its device's key: an answer may be lost, and the same device may ask again.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cloud import audit, tables
 from cloud.access import digest_secret
@@ -56,9 +60,13 @@ class Enrolment:
         return {"token": secret, "id": row["id"], "expires_at_ns": row["expires_at_ns"]}
 
     async def enrol(self, token: str, site: str, device: str, csr: str) -> str:
-        """The device's certificate, PEM; `Problem` 403, 409 or 422."""
+        """The device's certificate, PEM; `Problem` 403, 409, 422, or 429 beyond `MAX_A_DAY`.
+
+        Within the token's life the same device may ask again, for the same key, until it is revoked.
+        """
         request = self._read(csr, device)
         used, now_ns = tables.enrolment_tokens, time.time_ns()
+        bound = _digest_with_key(token, request)
         claim = (
             update(used)
             .where(
@@ -68,11 +76,28 @@ class Enrolment:
                 used.c.expires_at_ns > now_ns,
                 (used.c.device.is_(None)) | (used.c.device == device),
             )
-            .values(used_at_ns=now_ns, used_by=device)
+            .values(used_at_ns=now_ns, used_by=device, digest=bound)
+        )
+        # One that was revoked meanwhile, and perhaps enrolled anew, has no row of that moment.
+        known = tables.enrolled
+        again = (
+            select(known.c.device)
+            .join(used, (used.c.used_by == known.c.device) & (used.c.used_at_ns == known.c.at_ns))
+            .where(
+                used.c.digest == bound,
+                used.c.site == site,
+                used.c.used_by == device,
+                used.c.expires_at_ns > now_ns,
+            )
+            .with_for_update(of=known)
         )
         async with self._store.write() as connection:
             if (await connection.execute(claim)).rowcount != 1:
-                raise Problem(403, "bad_token", "the token is unknown, used, expired, or for another device.")
+                if (await connection.execute(again)).first() is None:
+                    raise Problem(
+                        403, "bad_token", "the token is unknown, used, expired, or for another device."
+                    )
+                return await self._issue(connection, request, site, device, "device.enrol")
             enrolled = (
                 self._store.insert(tables.enrolled).on_conflict_do_nothing().returning(tables.enrolled.c.device)
             )
@@ -80,10 +105,7 @@ class Enrolment:
             # PostgreSQL counts no rows of an insert.
             if (await connection.execute(enrolled, row)).first() is None:
                 raise Problem(409, "taken", f"a device is called {device} already: ids are unique in a fleet.")
-            certificate = self._authority.issue(request, device, self._days)
-            await connection.execute(tables.certificates.insert(), _row(certificate, site, device))
-            await audit.record(connection, f"device {device}"[:64], "device.enrol", f"{site}/{device}")
-        return _pem(certificate)
+            return await self._issue(connection, request, site, device, "device.enrol")
 
     async def renew(self, certificate: str, csr: str, signature: bytes) -> str:
         """A new certificate for the holder of a valid one; `Problem` 403, 422, or 429 beyond `MAX_A_DAY`."""
@@ -107,19 +129,7 @@ class Enrolment:
             found = (await connection.execute(holder)).first()
             if found is None:
                 raise Problem(403, "revoked", "the certificate is revoked or expired; enrol the device again.")
-            site, device = found
-            lately = select(func.count()).where(
-                known.c.device == device,
-                known.c.revoked_at_ns.is_(None),
-                known.c.issued_at_ns > now_ns - DAY_NS,
-            )
-            if (await connection.execute(lately)).scalar_one() >= MAX_A_DAY:
-                detail = f"{device} was given {MAX_A_DAY} certificates within a day: use the last, or wait."
-                raise Problem(429, "too_often", detail, {"Retry-After": "21600"})
-            new = self._authority.issue(self._read(csr, device), device, self._days)
-            await connection.execute(known.insert(), _row(new, site, device))
-            await audit.record(connection, f"device {device}"[:64], "device.renew", f"{site}/{device}")
-        return _pem(new)
+            return await self._issue(connection, self._read(csr, found.device), *found, "device.renew")
 
     async def revoke(self, device: str, reason: str, actor: str) -> int:
         """Revoke every certificate of `device`, which may then enrol anew; how many; `Problem` 404 if none."""
@@ -159,6 +169,36 @@ class Enrolment:
         revoked = [(int(row["serial"], 16), row["revoked_at_ns"]) for row in rows]
         return await asyncio.to_thread(self._authority.revocation_list, revoked)
 
+    async def _issue(
+        self,
+        connection: AsyncConnection,
+        request: x509.CertificateSigningRequest,
+        site: str,
+        device: str,
+        action: str,
+    ) -> str:
+        """A certificate that is noted in the transaction of `connection`, PEM; `Problem` 429 beyond `MAX_A_DAY`."""
+        known, now_ns = tables.certificates, time.time_ns()
+        lately = select(func.count()).where(
+            known.c.device == device,
+            known.c.revoked_at_ns.is_(None),
+            known.c.issued_at_ns > now_ns - DAY_NS,
+        )
+        if (await connection.execute(lately)).scalar_one() >= MAX_A_DAY:
+            detail = f"{device} was given {MAX_A_DAY} certificates within a day: use the last, or wait."
+            raise Problem(429, "too_often", detail, {"Retry-After": "21600"})
+        certificate = self._authority.issue(request, device, self._days)
+        row = {
+            "serial": f"{certificate.serial_number:x}",
+            "site": site,
+            "device": device,
+            "issued_at_ns": now_ns,
+            "expires_at_ns": int(certificate.not_valid_after_utc.timestamp()) * 1_000_000_000,
+        }
+        await connection.execute(known.insert(), row)
+        await audit.record(connection, f"device {device}"[:64], action, f"{site}/{device}")
+        return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
     def _read(self, csr: str, device: str) -> x509.CertificateSigningRequest:
         try:
             return self._authority.read_request(csr, device)
@@ -166,15 +206,9 @@ class Enrolment:
             raise Problem(422, error.reason, str(error)) from error
 
 
-def _row(certificate: x509.Certificate, site: str, device: str) -> dict[str, Any]:
-    return {
-        "serial": f"{certificate.serial_number:x}",
-        "site": site,
-        "device": device,
-        "issued_at_ns": time.time_ns(),
-        "expires_at_ns": int(certificate.not_valid_after_utc.timestamp()) * 1_000_000_000,
-    }
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+def _digest_with_key(token: str, request: x509.CertificateSigningRequest) -> str:
+    """What is kept of a token once it was used, for the request's key."""
+    key = request.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return digest_secret(f"{token}\0{key.decode()}")

@@ -21,7 +21,7 @@ from msgspec import Struct
 from edge import health
 from edge.config import EdgeConfig
 from edge.delivery import Answer, Delivery
-from edge.errors import ReleaserError
+from edge.errors import EdgeError, ReleaserError
 from edge.link import Acknowledged, Connected, Disconnected, Link, LinkEvent, Ordered
 from edge.metrics import Metric, MetricsServer, render
 from edge.models import ModelStore
@@ -127,8 +127,13 @@ class Agent:
         self._status_due_s = 0.0
         self._boot = ""
         self._figures = ""
+        self._metrics_down: int | None = None
         if config.health.metrics is not None:
-            stack.enter_context(closing(MetricsServer(config.health.metrics, lambda: self._figures)))
+            try:
+                stack.enter_context(closing(MetricsServer(config.health.metrics, lambda: self._figures)))
+            except EdgeError as error:
+                self._metrics_down = 1
+                log.warning("there are no metrics: %s", error)
 
     def run(self, until_answered: bool) -> AgentReport:
         """Take what comes, and do what is due, until the end."""
@@ -317,6 +322,7 @@ class Agent:
             "restarts": releaser.restarts,
             "superseded": releaser.superseded,
             "disk_full": int(self._delivery.disk_full),
+            "metrics_down": self._metrics_down,
             "uptime_s": round(health.uptime_s(self._started_s), 1),
             "agent_mb": health.memory_mb(),
             "releaser_mb": None if releaser.pid is None else health.memory_mb(releaser.pid),

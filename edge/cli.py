@@ -18,7 +18,7 @@ import msgspec
 from edge.errors import ReleaserError
 from edge.secret import leave_no_core
 from edge.settings import load_settings
-from splitward.errors import SplitwardError
+from splitward.errors import ConfigError, SplitwardError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_FAILED, EXIT_ERROR, EXIT_START_ANEW = 1, 2, 75
@@ -91,7 +91,10 @@ def _diagnostics(options: argparse.Namespace) -> int:
 def _enroll(options: argparse.Namespace) -> int:
     from edge.enrolment import enroll
 
-    token = options.token_file.read_text().strip() if options.token_file else options.token
+    try:
+        token = options.token_file.read_text().strip() if options.token_file else options.token
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {options.token_file}: {error}.") from error
     print(enroll(options.url, token, options.site, options.device, options.out, options.ca))
     return 0
 

@@ -277,7 +277,8 @@ class HealthConfig(Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     metrics : str or None
-        Where Prometheus finds metrics: `unix:PATH`, or `HOST:PORT` of the loopback.
+        Where Prometheus finds metrics: `unix:PATH`, or `HOST:PORT` of the loopback; the agent runs without where it
+        cannot be had.
     log_file : str or None
         JSON lines, rotated at `log_bytes`, `log_files` of them kept; standard error by default.
     log_format : "text" or "json"

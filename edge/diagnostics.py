@@ -20,7 +20,7 @@ from edge.config import EdgeConfig
 from edge.errors import EdgeError
 from edge.health import disk_free_bytes, temperature_c
 from edge.logs import redact
-from edge.models import ModelStore
+from edge.models import InstalledModel, ModelStore
 from splitward.errors import SplitwardError
 from splitward.versions import versions
 
@@ -39,7 +39,7 @@ def collect(config: EdgeConfig, folder: Path) -> Path:
     parts = {
         "check.json": check_device(config),
         "config.json": redact("", msgspec.to_builtins(config)),
-        "models.json": ModelStore(config).installed(),
+        "models.json": _models_of(config),
         "spool.json": _spool_of(config),
         "system.json": {
             "machine": platform.platform(),
@@ -80,6 +80,13 @@ def collect_apart(config: EdgeConfig, folder: Path) -> str:
     if done.returncode:
         raise EdgeError(done.stderr.decode(errors="replace").strip()[-500:])
     return done.stdout.decode().strip()
+
+
+def _models_of(config: EdgeConfig) -> list[InstalledModel] | dict[str, str]:
+    try:
+        return ModelStore(config).installed()
+    except SplitwardError as error:
+        return {"unreadable": str(error)}
 
 
 def _spool_of(config: EdgeConfig) -> dict[str, Any]:

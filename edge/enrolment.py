@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from cryptography.x509.oid import NameOID
 from edge.config import EdgeConfig
 from edge.errors import FetchError
 from edge.fetch import post_json
-from splitward.disk import move_whole, write_whole
+from splitward.disk import make_folder, move_whole, write_whole
 from splitward.errors import ConfigError, SplitwardError
 from splitward.wire.names import NAME
 
 RENEWAL_CONTEXT = b"splitward renewal v1\0"
+STATE = Path("/var/lib/splitward")
+"""The agent's state, where the settings that are written here have it."""
 _TOML = """\
 # Written by `edge enroll`. Every key stands in edge/config.py; what is not here has its default.
 [device]
@@ -66,19 +69,22 @@ def enroll(url: str, token: str, site: str, device: str, out: Path, ca: Path | N
     Raises
     ------
     ConfigError
-        A name cannot be one, or `out` cannot be written; nothing was sent then.
+        A name cannot be one, `out` cannot be written, or is root's where the agent is not; nothing was sent then.
     FetchError
         The cloud refuses, or cannot be reached; `.reason` is `http_403` where the token is not good any more,
-        `http_409` where the device id is taken, `http_422` where the request cannot be used.
+        `http_409` where the device id is taken, `http_422` where the request cannot be used. After `unreachable` or
+        `bad_answer` the token may be spent on this key: the same call gets the certificate again.
     """
     for name in (site, device):
         if not NAME.fullmatch(name):
             raise ConfigError(f"{name!r}: sites and devices match {NAME.pattern}. Give another name.")
     try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o750)
+        _prepare(out)
         key = _key_at(out / "device.key")
     except OSError as error:
         raise ConfigError(f"{out}: {error.strerror}. Run this as a user who may write there.") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{out / 'device.key'}: {error}. Remove it to make a new key.") from error
     body = {"token": token, "site": site, "device": device, "csr": _request(key, device).decode()}
     answer = post_json(f"{url.rstrip('/')}/v1/enrolments", body, None if ca is None else str(ca))
     certificate = _checked(answer, key, device)
@@ -98,7 +104,7 @@ def enroll(url: str, token: str, site: str, device: str, out: Path, ca: Path | N
         device=device,
         site=site,
         out=out.resolve(),
-        state="/var/lib/splitward",
+        state=STATE,
         host=str(broker["host"]).replace('"', ""),
         port=broker["port"],
         url=url,
@@ -178,6 +184,19 @@ def renewal_due(certificate: x509.Certificate, renew_at: float) -> datetime.date
     """When a certificate is to be renewed: after the part `renew_at` of its life."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return begin + (end - begin) * renew_at
+
+
+def _prepare(out: Path) -> None:
+    """Make `out`, the agent's own: who replaces the certificate there when it is renewed is not root."""
+    if not out.is_dir():
+        make_folder(out, 0o750)
+        if os.geteuid() == 0 and STATE.is_dir():
+            os.chown(out, STATE.stat().st_uid, STATE.stat().st_gid)
+    elif os.geteuid() == 0 and STATE.is_dir() and out.stat().st_uid != STATE.stat().st_uid:
+        raise ConfigError(
+            f"{out}: belongs to another user than {STATE}, the agent's, who could neither read nor renew a key there. "
+            f"Run `chown -R --reference={STATE} {out}`."
+        )
 
 
 def _key_at(path: Path) -> ec.EllipticCurvePrivateKey:

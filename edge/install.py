@@ -36,7 +36,7 @@ state_dir = "{STATE}"
 
 [capture]  # kind = "camera" needs OpenCV: splitward[camera], or the system's with --system-packages
 kind = "folder"
-path = "/var/spool/images"
+path = "{STATE}/images"
 watch = true
 
 [broker]
@@ -76,13 +76,14 @@ def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
     if not _user_exists():
         _run(["useradd", "--system", "--home-dir", str(STATE), "--shell", "/usr/sbin/nologin", USER])
         say(f"user {USER}: made")
-    account = pwd.getpwnam(USER)
     for folder, mode in ((STATE, 0o700), (CONFIG, 0o750)):
         if not folder.is_dir():
             folder.mkdir(parents=True)
             say(f"{folder}: made")
         folder.chmod(mode)
-        shutil.chown(folder, account.pw_uid if folder == STATE else 0, account.pw_gid)
+    (STATE / "images").mkdir(mode=0o700, exist_ok=True)
+    # The configuration, too: the agent's user replaces its certificate there. Files that root made, it could not read.
+    _run(["chown", "--recursive", "--no-dereference", f"{USER}:{USER}", str(STATE), str(CONFIG)])
     if not (VENV / "bin/python").exists():
         words = ["--system-site-packages"] if settings.system_packages else []
         _run([sys.executable, "-m", "venv", *words, str(VENV)])
@@ -93,7 +94,6 @@ def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
     say(f"{settings.package}: installed")
     if not (CONFIG / "edge.toml").exists():
         write_whole(CONFIG / "edge.toml", EXAMPLE.encode(), 0o640)
-        shutil.chown(CONFIG / "edge.toml", 0, account.pw_gid)
         say(f"{CONFIG / 'edge.toml'}: an example, to be edited")
     changed = [name for name, text in _units().items() if _write(UNITS / name, text)]
     if changed:

@@ -21,6 +21,7 @@ from edge.config import EdgeConfig
 from edge.errors import FetchError, UpdateError
 from edge.models import ModelStore
 from edge.secret import load_secret
+from splitward.disk import make_folder
 from splitward.errors import BundleError, SplitwardError
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ def install(request: InstallRequest) -> InstallReport:
     """Install in this process; what is refused is reported, not raised."""
     from splitward.wire.bundle import read_bundle, read_trusted_key
 
-    store = ModelStore(request.config)
+    try:
+        store = ModelStore(request.config)
+    except SplitwardError as error:
+        return InstallReport(request.model, reason="not_installed", message=str(error))
     staged = store.staging / f"{request.sha256 or 'file'}.bundle"
     try:
         _stage(request, staged)
@@ -97,7 +101,8 @@ def install_apart(
 
 def _stage(request: InstallRequest, staged: Path) -> None:
     if request.path:
-        staged.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(staged.parent, 0o700)
+        staged.unlink(missing_ok=True)  # never written through: it may be a link
         shutil.copyfile(request.path, staged)
         return
     if request.size > request.config.update.max_bytes:

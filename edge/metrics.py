@@ -39,7 +39,13 @@ def render(metrics: Iterable[Metric]) -> str:
 
 
 class MetricsServer:
-    """Answers GET /metrics at `address`, `unix:PATH` or `HOST:PORT`; `read` gives the text, on any thread."""
+    """Answers GET /metrics at `address`, `unix:PATH` or `HOST:PORT`; `read` gives the text, on any thread.
+
+    Raises
+    ------
+    EdgeError
+        The address is none, or cannot be had.
+    """
 
     def __init__(self, address: str, read: Callable[[], str]) -> None:
         import socketserver  # here, as an agent without metrics does without them
@@ -62,6 +68,9 @@ class MetricsServer:
             def address_string(self) -> str:
                 return "local"
 
+        class Server(socketserver.TCPServer):
+            allow_reuse_address = True  # the one before leaves its last scrape in TIME_WAIT
+
         self._path: Path | None = None
         try:
             if address.startswith("unix:"):
@@ -71,7 +80,7 @@ class MetricsServer:
                 os.chmod(self._path, 0o660)  # noqa: PTH101  # the group's scraper may read it
             else:
                 host, _, port = address.rpartition(":")
-                self._server = socketserver.TCPServer((host, int(port)), Handler)
+                self._server = Server((host, int(port)), Handler)
         except (OSError, ValueError, OverflowError) as error:
             raise EdgeError(
                 f"health.metrics = {address!r}: {error}. Give `unix:PATH`, or `127.0.0.1:PORT` of a free port."

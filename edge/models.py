@@ -2,7 +2,7 @@
 
 They lie in `state_dir/models`, one file each, named by model id. `active.json` says which one runs; it is replaced
 atomically, so that a power cut at any moment leaves either the old bundle or the new one. Without it the bundle of
-the configuration runs.
+the configuration runs; where it cannot be read none does, until a person has looked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from edge.config import EdgeConfig
 from edge.errors import UpdateError
-from splitward.disk import move_whole, write_whole
+from splitward.disk import make_folder, move_whole, write_whole
+from splitward.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,13 @@ class InstalledModel(Struct, frozen=True):
 
 
 class ModelStore:
-    """The installed bundles of one device."""
+    """The installed bundles of one device.
+
+    Raises
+    ------
+    ConfigError
+        `active.json` is there and cannot be read.
+    """
 
     def __init__(self, config: EdgeConfig) -> None:
         self._folder = Path(config.device.state_dir) / "models"
@@ -64,7 +71,7 @@ class ModelStore:
 
     def take(self, file: Path, model: str) -> None:
         """Move a verified bundle's file in."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(self._folder, 0o700)
         move_whole(file, self.path(model))
 
     def activate(self, model: str, order: str = "") -> None:
@@ -126,8 +133,11 @@ class ModelStore:
         except FileNotFoundError:
             return Active()
         except (OSError, msgspec.DecodeError) as error:
-            log.error("%s: cannot be read (%s); the configured bundle runs", path, error)
-            return Active()
+            # The configured bundle may be older, and release more: nobody has ordered to go back to it.
+            raise ConfigError(
+                f"{path}: cannot be read ({error}), and it alone says which bundle runs. Let the agent's user read it, "
+                "or remove it to run the configured bundle."
+            ) from error
         if active.model and not self.path(active.model).exists():
             log.error("%s: the bundle is gone; the configured one runs", self.path(active.model))
             return Active()

@@ -6,7 +6,7 @@ import resource
 import secrets
 from pathlib import Path
 
-from splitward.disk import write_whole
+from splitward.disk import make_folder, write_whole
 from splitward.errors import ConfigError
 from splitward.wire.law import SECRET_BYTES
 
@@ -39,7 +39,7 @@ def load_secret(path: Path) -> bytes:
 
 
 def _create(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent, 0o700)
     write_whole(
         path, secrets.token_bytes(SECRET_BYTES)
     )  # one that a power cut empties would stop the device for good

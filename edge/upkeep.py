@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edge.config import EdgeConfig
-from edge.health import certificate_expires_at_ns
+from edge.health import certificate_expires_apart
 
 FIRST_S, PERIOD_S, LIMIT_S = 30.0, 6 * 3600.0, 120.0
 log = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ class Upkeep:
         if not self._renewed.is_set():
             return False
         self._renewed.clear()
-        self.certificate_expires_at_ns = self._expiry()
         return True
 
     def _renew(self) -> None:
@@ -67,6 +66,7 @@ class Upkeep:
             log.error("the certificate is not renewed: %s", done.stderr.decode(errors="replace").strip()[-300:])
         elif self._stamp() != before:
             log.info("the certificate is renewed")
+            self.certificate_expires_at_ns = self._expiry()
             self._renewed.set()
 
     def _stamp(self) -> int:
@@ -74,4 +74,4 @@ class Upkeep:
         return self._files[0].stat().st_mtime_ns
 
     def _expiry(self) -> int | None:
-        return None if self._files is None else certificate_expires_at_ns(self._files[0])
+        return None if self._files is None else certificate_expires_apart(self._files[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edge.enrolment import enroll
 from edge.system.site import IDENTITY, KEPT, SiteConfig, give_to_agent, read_site, write_agent_settings
+from splitward.disk import make_folder
 from splitward.errors import SplitwardError
 
 
@@ -24,12 +25,15 @@ def enrol_device(site: SiteConfig, root: Path) -> bool:
         As `edge.enrolment.enroll`; nothing is lost, and it may be tried again.
     """
     identity, wanted = root / IDENTITY, site.enrolment
-    if wanted is None or (identity / "edge.toml").exists():
+    if wanted is None:
+        return False
+    make_folder(identity, 0o750)
+    for path in (identity, *identity.iterdir()):  # what is written there from now on is the agent's, too
+        give_to_agent(path)
+    if (identity / "edge.toml").exists():
         return False
     ca = None if wanted.ca is None else Path(wanted.ca)
     enroll(wanted.url, wanted.token, wanted.site, wanted.device, identity, ca)
-    for path in (identity, *identity.iterdir()):
-        give_to_agent(path)
     return write_agent_settings(site, root)
 
 

@@ -6,14 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from edge.config import EdgeConfig
+from edge.settings import load_settings
 from edge.system.checkin import TABLES, connections
-from splitward.config import read_config
 
 
 def main(arguments: list[str]) -> int:
-    """0 when our user holds a connection to the broker of the edge.toml that is named, else 1."""
-    port = read_config(Path(arguments[0]), EdgeConfig).broker.port
+    """0 when our user holds a connection to the broker of the edge.toml that is named and the environment, else 1."""
+    port = load_settings(Path(arguments[0])).broker.port
     if connections(port, os.getuid(), TABLES):
         return 0
     print(f"no connection to port {port}")

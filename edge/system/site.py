@@ -239,7 +239,7 @@ def _wifi_file(wifi: WifiConfig) -> str:
 def give_to_agent(path: Path) -> None:
     """Let the agent's user own it, where root does this."""
     if os.geteuid() == 0:
-        os.chown(path, AGENT_ID, AGENT_ID)
+        os.chown(path, AGENT_ID, AGENT_ID, follow_symlinks=False)
 
 
 if __name__ == "__main__":

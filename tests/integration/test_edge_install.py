@@ -26,11 +26,16 @@ $edge install --package "$3" --pip=--no-deps --system-packages
 id splitward
 stat -c '%a %U' /var/lib/splitward /etc/splitward
 cat /etc/systemd/system/splitward-edge.service
-(cd / && /opt/splitward/bin/python -c 'import edge.install; print("imports from", edge.install.__file__)')
+(cd / && PYTHONPATH= /opt/splitward/bin/python -c 'import edge.install; print("imports from", edge.install.__file__)')
+stat -c '%U %a' /etc/splitward/edge.toml /var/lib/splitward/images
+setpriv --reuid splitward --regid splitward --clear-groups touch /etc/splitward/device.key.new
 echo 'kept = true' > /etc/splitward/edge.toml
+install -m 600 /dev/null /etc/splitward/device.key
+install -m 600 /dev/null /var/lib/splitward/remote.json
 echo AGAIN
 $edge install --package "$3" --pip=--no-deps --system-packages
 cat /etc/splitward/edge.toml
+stat -c '%n %U' /etc/splitward/device.key /var/lib/splitward/remote.json
 $edge uninstall
 test ! -e /opt/splitward
 test ! -e /etc/systemd/system/splitward-edge.service
@@ -74,10 +79,12 @@ def test_install_again_and_uninstall(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     first, _, again = done.stdout.partition("AGAIN\n")
     assert "user splitward: made" in first
-    assert "700 splitward\n750 root" in first
+    assert "700 splitward\n750 splitward" in first, "`edge renew` replaces the certificate there"
+    assert "splitward 640\nsplitward 700\n" in first
     assert "imports from /opt/splitward/" in first
     assert "ExecStart=/opt/splitward/bin/python -m edge run" in first
     assert "made" not in again
     assert "written" not in again
     assert "kept = true" in again
+    assert "device.key splitward\n/var/lib/splitward/remote.json splitward" in again, "what root left is mended"
     assert again.endswith("DONE\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import itertools
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from edge.errors import FetchError
 from edge.link import Connected, Link
 from edge.settings import load_settings
 from edge.system.enrol import enrol_device
-from edge.system.site import apply_site, read_site
+from edge.system.site import AGENT_ID, EnrolmentConfig, SiteConfig, apply_site, read_site
 from firmware_sim.broker import Broker, Mosquitto, find_mosquitto, free_port
 from firmware_sim.proxy import FaultProxy, Toxics
 from splitward.errors import ConfigError
@@ -345,6 +346,47 @@ def test_an_image_enrols_at_its_first_start_and_the_agent_delivers(
     assert config.cloud.url == web.url
     with cloud_at(secure, cloud_client(web, tmp_path)):
         assert run_agent(config, until_answered=True).results == 20
+
+
+def test_a_power_cut_after_the_token_is_spent_leaves_the_agent_its_key(
+    tmp_path: Path, web: HttpsCloud, monkeypatch: Any
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root writes into other users' folders: run as root")
+    root = tmp_path / "root"
+    (root / "var/lib/splitward").mkdir(parents=True)
+    os.chown(root / "var/lib/splitward", AGENT_ID, AGENT_ID)
+    enrolment = EnrolmentConfig(url=web.url, token="good", device="device-1", ca=str(web.authority.path))
+
+    def cut(*_: object) -> bool:
+        raise OSError("the power is cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edge.system.enrol.write_agent_settings", cut)
+        with pytest.raises(OSError, match="cut"):
+            enrol_device(SiteConfig(enrolment=enrolment), root)
+    identity = root / "var/lib/splitward/identity"
+    assert (identity / "edge.toml").exists()
+    assert {path.stat().st_uid for path in (identity, *identity.iterdir())} == {AGENT_ID}
+    os.chown(identity / "device.key", 0, 0)  # as an image before this one left it
+    assert not enrol_device(SiteConfig(enrolment=enrolment), root)
+    assert (identity / "device.key").stat().st_uid == AGENT_ID
+
+
+def test_root_enrols_into_no_folder_in_which_the_agent_could_not_read(
+    tmp_path: Path, web: HttpsCloud, monkeypatch: Any
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root writes into other users' folders: run as root")
+    for name in ("state", "old"):
+        (tmp_path / name).mkdir()
+    os.chown(tmp_path / "state", AGENT_ID, AGENT_ID)
+    monkeypatch.setattr("edge.enrolment.STATE", tmp_path / "state")
+    with pytest.raises(ConfigError, match="chown"):
+        enroll(web.url, "good", "site", "a", tmp_path / "old", web.authority.path)
+    enroll(web.url, "good", "site", "a", tmp_path / "new", web.authority.path)
+    made = [tmp_path / "new", *(tmp_path / "new").iterdir()]
+    assert {path.stat().st_uid for path in made} == {AGENT_ID}
 
 
 def test_enrolment_says_why_it_is_refused(tmp_path: Path, web: HttpsCloud, capsys: Any) -> None:

@@ -47,7 +47,11 @@ def test_pages_of_results_are_those_of_their_json(name, format_page):
 
 def test_its_configurations_are_accepted():
     edge, cloud = blocks("toml")
-    assert build_config(tomllib.loads(edge), EdgeConfig, "README").device.id == "ward-3-camera"
+    device = build_config(tomllib.loads(edge), EdgeConfig, "README")
+    assert device.device.id == "ward-3-camera"
+    assert Path(device.capture.path).is_relative_to(device.device.state_dir), (
+        "elsewhere the unit lets nothing be written"
+    )
     assert build_config(tomllib.loads(cloud), CloudConfig, "README").models == ("out/mnist.server.json",)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 
 import pytest
 from cryptography import x509
@@ -38,12 +39,16 @@ def desk(store, tmp_path) -> Enrolment:
     return Enrolment(store, Authority(tmp_path / "fleet"), FleetConfig())
 
 
+def request_for(device: str, key: ec.EllipticCurvePrivateKey) -> str:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
+
+
 async def enrol(desk: Enrolment, device: str) -> tuple[str, str, bytes]:
     """What `device`, now enrolled, renews its certificate with."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, device)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
-    csr = request.public_bytes(serialization.Encoding.PEM).decode()
+    csr = request_for(device, key)
     token = (await desk.create_token("ward", device, 1, "test"))["token"]
     certificate = await desk.enrol(token, "ward", device, csr)
     return certificate, csr, key.sign(RENEWAL + csr.encode(), ec.ECDSA(hashes.SHA256()))
@@ -65,6 +70,43 @@ async def test_no_renewal_slips_past_a_revocation(desk, store):
     known = tables.certificates
     assert await store.read(known.select().where(known.c.revoked_at_ns.is_(None))) == []
     assert len(await revoked_serials(desk)) == len(await store.read(known.select()))
+
+
+async def refused(work) -> str:
+    with pytest.raises(Problem) as caught:
+        await work
+    return caught.value.reason
+
+
+async def test_an_answer_that_was_lost_is_given_again_to_the_same_key(desk, store):
+    key, other = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    token = (await desk.create_token("ward", None, 1, "test"))["token"]
+    ask = partial(desk.enrol, token, "ward", "pi-1")
+    together = await asyncio.gather(*(ask(request_for("pi-1", key)) for _ in range(3)))
+    for pem in together:
+        assert x509.load_pem_x509_certificate(pem.encode()).public_key() == key.public_key()
+    assert len(await store.read(tables.certificates.select())) == 3, "each can be revoked"
+    assert await refused(ask(request_for("pi-1", other))) == "bad_token"
+    assert await refused(desk.enrol(token, "ward", "pi-2", request_for("pi-2", key))) == "bad_token"
+    assert await refused(desk.enrol(token, "else", "pi-1", request_for("pi-1", key))) == "bad_token"
+    for _ in range(MAX_A_DAY - 3):
+        await ask(request_for("pi-1", key))
+    assert await refused(ask(request_for("pi-1", key))) == "too_often"
+
+
+async def test_a_used_token_is_none_after_its_end_or_a_revocation(desk, store):
+    key = ec.generate_private_key(ec.SECP256R1())
+    tokens = [(await desk.create_token("ward", None, 1, "test"))["token"] for _ in range(2)]
+    ask = partial(desk.enrol, site="ward", device="pi-1", csr=request_for("pi-1", key))
+    await ask(tokens[0])
+    await desk.revoke("pi-1", "lost", "test")
+    assert await refused(ask(tokens[0])) == "bad_token"
+    await ask(tokens[1])
+    assert await refused(ask(tokens[0])) == "bad_token", "it is the other token's device now"
+    await ask(tokens[1])
+    async with store.write() as connection:
+        await connection.execute(tables.enrolment_tokens.update().values(expires_at_ns=time.time_ns()))
+    assert await refused(ask(tokens[1])) == "bad_token"
 
 
 async def test_a_device_gets_a_few_certificates_a_day(desk, store):

@@ -18,12 +18,13 @@ from PIL import Image
 
 from edge.config import EdgeConfig, HealthConfig
 from edge.errors import EdgeError
-from edge.health import Notifier, disk_free_bytes, memory_of, temperature_c
+from edge.health import Notifier, certificate_expires_apart, disk_free_bytes, memory_of, temperature_c
 from edge.logs import JsonFormatter, TextFormatter, redact, shown_address, start_logging
 from edge.metrics import Metric, MetricsServer, render
 from edge.pipe import FromReleaser, Logged, Pipe, ToReleaser
 from edge.releaser import PipeHandler
 from firmware_sim.broker import free_port
+from tests.integration.cloud_https import Authority
 
 
 @pytest.fixture
@@ -102,6 +103,7 @@ def test_metrics_are_served_on_a_socket_and_on_the_loopback(tmp_path: Path) -> N
             assert answer.read() == b"there\n"
     finally:
         server.close()
+    MetricsServer(f"127.0.0.1:{port}", lambda: "").close()  # a restart, right after a scrape
     with pytest.raises(EdgeError, match=r"health\.metrics"):
         MetricsServer("nonsense", lambda: "")
 
@@ -216,3 +218,20 @@ def test_the_log_file_rotates(tmp_path: Path) -> None:
 
 def test_the_default_log_goes_to_standard_error() -> None:
     assert EdgeConfig().health.log_file is None
+
+
+def test_the_agent_knows_its_certificate_s_end_and_does_not_keep_what_read_it(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    code = f"""
+import sys, time
+import edge.agent
+from edge.config import BrokerConfig, EdgeConfig, TlsConfig
+from edge.upkeep import Upkeep
+tls = TlsConfig(ca="ca.pem", cert={str(authority.path)!r}, key="device.key")
+print(Upkeep(EdgeConfig(broker=BrokerConfig(tls=tls)), time.monotonic()).certificate_expires_at_ns)
+assert "cryptography" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == authority.certificate.not_valid_after_utc.timestamp() * 10**9
+    assert certificate_expires_apart(tmp_path / "missing.pem") is None

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import shutil
+import socket
 import subprocess
 import tarfile
+import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge.agent import run_agent
 from edge.cli import main
 from edge.config import EdgeConfig
-from edge.install import EXAMPLE
+from edge.install import EXAMPLE, STATE
 from edge.settings import load_settings
-from firmware_sim.broker import Broker
+from edge.system.health import main as health_of_container
+from edge.system.site import AGENT_ID
+from firmware_sim.broker import Broker, free_port
 from splitward.config import build_config, parse_toml
 
 UNITS = Path(str(files("edge"))) / "systemd"
@@ -152,9 +158,63 @@ def test_a_bundle_is_installed_and_rolled_back_by_hand(
     assert "refused: unreadable" in capsys.readouterr().err
 
 
+def test_what_commands_of_root_write_is_the_agent_s(settings: Path, tmp_path: Path, tiny_bundle: Any) -> None:
+    if os.geteuid():
+        pytest.skip("only root writes into other users' folders: run as root")
+    second = tiny_bundle.rewrite(tmp_path / "second.bundle", name="second", created_at="2026-03-01T00:00:00Z")
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    os.chown(state, AGENT_ID, AGENT_ID)
+    asked = ["--config", str(settings)]
+    assert main(["check", *asked, "--quick"]) == 0
+    assert main(["bench", *asked, "--frames", "5", "--choose"]) == 0
+    assert main(["model", "install", *asked, str(second.path)]) == 0
+    written = [path.relative_to(state).as_posix() for path in state.rglob("*")]
+    assert {"secret", "remote.json", "models/active.json"} < set(written)
+    assert {path.stat().st_uid for path in state.rglob("*")} == {AGENT_ID}, written
+
+
+def test_no_bundle_runs_where_nothing_says_which(settings: Path, tmp_path: Path, capsys: Any) -> None:
+    models = tmp_path / "state/models"
+    models.mkdir(parents=True)
+    (models / "active.json").write_text("{")
+    assert main(["run", "--config", str(settings)]) == 2
+    assert "active.json: cannot be read" in capsys.readouterr().err
+    assert main(["diagnostics", "--config", str(settings), "--out", str(tmp_path)]) == 0, "now they are needed"
+
+
+def test_a_port_that_is_taken_costs_the_metrics_and_not_the_agent(settings: Path, caplog: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        environment = {
+            "SPLITWARD_EDGE__HEALTH__METRICS": address,
+            "SPLITWARD_EDGE__BROKER__PORT": str(free_port()),
+        }
+        stop = threading.Event()
+        stop.set()
+        assert run_agent(load_settings(settings, environment), stop=stop).captured == 0
+    assert address in caplog.text
+
+
+def test_the_container_s_health_goes_by_the_agent_s_own_settings(settings: Path, monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as broker:
+        port = broker.getsockname()[1]
+        assert health_of_container([str(settings)]) == 1
+        with socket.create_connection(("127.0.0.1", port)):
+            monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", str(port))
+            assert health_of_container([str(settings)]) == 0
+
+
+def test_enrolment_says_that_the_token_s_file_is_missing(tmp_path: Path, capsys: Any) -> None:
+    asked = ["--url", "https://127.0.0.1", "--site", "s", "--device", "d", "--out", str(tmp_path)]
+    assert main(["enroll", "--token-file", str(tmp_path / "missing"), *asked]) == 2
+    assert "missing" in capsys.readouterr().err
+
+
 def test_the_example_that_install_writes_runs_with_what_it_installs() -> None:
     config = build_config(parse_toml(EXAMPLE), EdgeConfig, where="example")
     assert config.capture.kind == "folder", "a camera needs OpenCV, which is not among it"
+    assert Path(config.capture.path).is_relative_to(STATE), "elsewhere the unit lets nothing be written"
 
 
 def test_the_units_are_hardened_and_start_the_agent() -> None:
