@@ -75,7 +75,7 @@ def attack_recaptures(
             pixels = scenes[own].double().flatten(1)
             known = _Codes(simulated[own])
             for row, index in enumerate(own.tolist()):
-                seen, times = captured[index].unique(dim=0, return_counts=True)
+                seen, times = captured[index].unique(dim=0, return_counts=True)  # type: ignore[no-untyped-call]  # likewise
                 codes += len(seen)
                 released = seen + sigma * torch.randn_like(
                     seen
