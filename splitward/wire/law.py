@@ -32,7 +32,7 @@ class ReleaseLaw(msgspec.Struct, frozen=True):
         Standard deviation of the noise, in the activation's units.
     steps : int
         Of the clean activation's grid, from 0 to the bound: 1 to 127. Few steps make one value of many that lie near
-        each other, which then carry the same noise, and which no number of captures tells apart.
+        each other, which then carry the same noise, and which no number of captures that round alike tells apart.
     """
 
     shape: tuple[int, ...]
