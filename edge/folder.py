@@ -120,7 +120,8 @@ class FolderSource:
 
     def _fail(self, path: Path, modified_ns: int, reason: str, message: str) -> None:
         log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
-        self.capture.lose(reason, digest_of(self._key(path, modified_ns)))
+        name = self.capture.name(path.relative_to(self.path).as_posix())
+        self.capture.lose(reason, digest_of(self._key(path, modified_ns)), name)
         self._sort(path, modified_ns, {"reason": reason, "message": printable(message)})
 
     def _sort(self, path: Path, modified_ns: int, failure: dict[str, str] | None = None) -> None:

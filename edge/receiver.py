@@ -89,7 +89,7 @@ class ReceiverSource:
             disk = os.statvfs(self._path)
             if disk.f_bavail * disk.f_frsize - len(data) < self._capture.config.min_free_bytes:
                 log.error("a DICOM object is refused: the disk is nearly full")
-                self._capture.lose("refused_no_space", None)
+                self._capture.lose("refused_no_space", None, "")
                 return OUT_OF_RESOURCES
             with partial.open("wb") as file:
                 file.write(data)

@@ -59,7 +59,7 @@ class Setting:
                 admit=self._admit,
                 give_back=self._give_back,
                 open=lambda name: contextlib.nullcontext(),
-                lose=lambda reason, digest: self.lost.append(reason),
+                lose=lambda reason, digest, name: self.lost.append(reason),
                 supersede=self._supersede,
             )
         )

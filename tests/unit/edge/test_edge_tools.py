@@ -173,6 +173,7 @@ def test_the_units_are_hardened_and_start_the_agent() -> None:
     for unit in UNITS.glob("*.service"):
         assert "\nLimitCORE=0\n" in unit.read_text(), unit.name
     assert int(service["WatchdogSec"]) > 0
+    assert service["OOMPolicy"] == "continue", "the agent would end with a releaser that runs out of memory"
     if shutil.which("systemd-analyze"):  # what else would read them is not on every machine
         done = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", str(UNITS / "splitward-edge.service")],
