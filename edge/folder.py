@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -39,7 +40,8 @@ class FolderSource:
 
     path: Path
     capture: Capture
-    read: Callable[[Path], list[Pixels]]
+    read: Callable[[Path], Iterator[tuple[int, Pixels]]]
+    """Images of a file, each with the number of all; none is read before it is asked for."""
     suffixes: frozenset[str]
 
     def __iter__(self) -> Iterator[Frame]:
@@ -101,19 +103,22 @@ class FolderSource:
         if self.capture.is_poison(name):
             self._fail(path, modified_ns, "crashed", "reading or releasing it ended the releaser twice.")
             return
-        try:
-            with self.capture.open(self.capture.name(name)):
-                images = self.read(path)
-        except DataError as error:
-            self._fail(path, modified_ns, "unreadable", str(error))
-            return
-        for index, pixels in enumerate(images):
+        images = self.read(path)
+        for index in itertools.count():
+            try:
+                with self.capture.open(self.capture.name(name)):
+                    count, pixels = next(images)
+            except DataError as error:
+                self._fail(path, modified_ns, "unreadable", str(error))
+                return
             # The last frame of a file stands for the whole file, so that a restart need not read it again.
-            last = index == len(images) - 1
+            last = index == count - 1
             digest = digest_of(key + ("" if last else f"#{index}"))
             if digest not in self.capture.known:
                 settle = (lambda: self._sort(path, modified_ns)) if last else None
-                yield self.capture.take(name if len(images) == 1 else f"{name}#{index}", pixels, digest, settle)
+                yield self.capture.take(name if count == 1 else f"{name}#{index}", pixels, digest, settle)
+            if last:
+                return
 
     def _key(self, path: Path, modified_ns: int) -> str:
         return f"{self.capture.name(path.relative_to(self.path).as_posix())}@{modified_ns}"
@@ -146,16 +151,20 @@ def image_folder(path: Path, capture: Capture) -> FolderSource:
     """Folder of image files."""
     from splitward.imaging import files
 
-    return FolderSource(path, capture, lambda file: [files.read_image(file)], files.SUFFIXES)
+    def read(file: Path) -> Iterator[tuple[int, Pixels]]:
+        yield 1, files.read_image(file)
+
+    return FolderSource(path, capture, read, files.SUFFIXES)
 
 
 def dicom_folder(path: Path, capture: Capture) -> FolderSource:
     """Folder of DICOM files."""
     from splitward.imaging import dicom
 
-    return FolderSource(
-        path, capture, lambda file: [one.pixels for one in dicom.read_dicom(file)], dicom.SUFFIXES
-    )
+    def read(file: Path) -> Iterator[tuple[int, Pixels]]:
+        return ((one.count, one.pixels) for one in dicom.iter_dicom(file))
+
+    return FolderSource(path, capture, read, dicom.SUFFIXES)
 
 
 def _file_system_now_ns(folder: Path) -> int:

@@ -26,7 +26,7 @@ SavedRow = tuple[int, bytes, int, str, int, int, int, int, bytes]
 
 @dataclass
 class Salvage:
-    """What was saved: rows as the spool's table has them, digests of captured frames, counts of dropped ones, strikes."""
+    """What was saved: rows as the table has them, digests of captured frames, counts of dropped ones, and strikes."""
 
     rows: list[SavedRow] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
