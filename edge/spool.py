@@ -303,6 +303,8 @@ class Spool:
         run.executemany(_INSERT, self._staged.values())
         run.executemany("DELETE FROM frame WHERE id = ?", ((row,) for row in self._removed))
         run.executemany("INSERT INTO captured (digest) VALUES (?)", ((digest,) for digest in self._digests))
+        if self._digests:
+            run.execute("DELETE FROM captured WHERE id <= (SELECT max(id) FROM captured) - ?", (REMEMBERED,))
         if self._counts_changed:
             run.executemany("INSERT OR REPLACE INTO dropped VALUES (?, ?)", self.dropped.items())
         if self._strikes_changed:
@@ -389,7 +391,6 @@ class Spool:
             "SELECT coalesce(max(id), 0), count(*), coalesce(sum(length(message)), 0) FROM frame"
         ).fetchone()
         self._last_row, self.rows, self.stored_bytes = totals
-        one("DELETE FROM captured WHERE id <= (SELECT max(id) FROM captured) - ?", (REMEMBERED,))
         self.dropped: dict[str, int] = dict(one("SELECT reason, count FROM dropped").fetchall())
         self.strikes: dict[str, int] = dict(one("SELECT name, count FROM strike ORDER BY rowid").fetchall())
         self._backlogs: dict[int, Backlog] = {}
