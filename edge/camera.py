@@ -108,6 +108,8 @@ class VideoSource:
         if self.capture.is_poison(name):
             self.capture.lose("crashed", digest_of(key), self.capture.name(name))
             return
+        if digest_of(key) in self.capture.known:  # given up by an earlier run
+            return
         video = _open_cv().VideoCapture(str(self.path))
         try:
             index = 0
