@@ -9,6 +9,7 @@ Nothing here logs: pydicom's own warnings and errors about attributes quote valu
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,8 +57,26 @@ class DicomFrame:
 
 def is_dicom(path: Path) -> bool:
     """Whether the file at `path` has the DICOM prefix (PS3.10, section 7.1) or a DICOM suffix."""
+    return path.suffix.lower() in SUFFIXES or has_prefix(path)
+
+
+def has_prefix(path: Path) -> bool:
+    """Whether the file at `path` has the DICOM prefix (PS3.10, section 7.1)."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" or path.suffix.lower() in SUFFIXES
+        return file.read(132)[128:] == b"DICM"
+
+
+def readable_syntaxes() -> list[str]:
+    """UIDs of the transfer syntaxes (PS3.5, section 10) that `read_dicom` takes with the decoders that are there."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import AllTransferSyntaxes
+
+    readable = []
+    for uid in AllTransferSyntaxes:
+        with contextlib.suppress(NotImplementedError):  # not of pixels, or unknown to pydicom
+            if uid != _DEFLATED and get_decoder(uid).is_available:
+                readable.append(str(uid))
+    return readable
 
 
 def read_dicom(path: Path) -> list[DicomFrame]:
@@ -130,10 +149,15 @@ def _check_size(path: Path, dataset: Any) -> None:
         shape = [int(dataset[key].value) for key in ("Rows", "Columns", "SamplesPerPixel")]
         samples = int(dataset.get("NumberOfFrames") or 1) * shape[0] * shape[1] * shape[2]
         limit = _frame_limit(dataset)
+        pixel_bytes = _least_bytes(dataset, samples)
     except Exception:  # noqa: BLE001 - pydicom converts values only now, and raises what it likes
         raise DataError(f"{path}: its image size cannot be read. Export it again from its archive.") from None
     if not 0 < samples <= MAX_SAMPLES:
         raise DataError(f"{path}: declares {samples} samples; 1 to {MAX_SAMPLES} are read. Split it by frames.")
+    if Path(path).stat().st_size < pixel_bytes:
+        raise DataError(
+            f"{path}: its pixels cannot be decoded: it is truncated, they are {pixel_bytes} bytes. Export it again."
+        )
     if shape[0] * shape[1] > limit:
         raise DataError(
             f"{path}: declares {shape[1]} x {shape[0]} pixels a frame, over the limit of {limit} for its kind. Crop or "
@@ -146,6 +170,14 @@ def _frame_limit(dataset: Any) -> int:
     lean = bits <= 16 and str(photometric).startswith("MONOCHROME")
     packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     return MAX_PIXELS if lean or (bits <= 8 and photometric == "RGB" and not packed) else MAX_COSTLY_PIXELS
+
+
+def _least_bytes(dataset: Any, samples: int) -> int:
+    """Bytes that the pixels take at least: known where they are not compressed."""
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return 0
+    halved = str(dataset.PhotometricInterpretation) == "YBR_FULL_422"  # two of three samples (C.7.6.3.1.2)
+    return samples * int(dataset.BitsAllocated) // 8 * (2 if halved else 3) // 3
 
 
 def _decode(path: Path, dataset: Any) -> Iterator[NDArray[Any]]:

@@ -110,7 +110,7 @@ def resize_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
         return np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, rows), method))
 
     def narrow(plane: Pixels) -> NDArray[Any]:
-        strips = list(strips_of(*plane.shape))
+        strips = list(strips_of(plane.shape[0], plane.shape[1]))
         return (
             plane
             if len(strips) == 1
@@ -168,7 +168,8 @@ def _to_grey_if_asked(pixels: Pixels, channels: int) -> Pixels:
         raise DataError(f"a model of {channels} channels cannot take an image; it must be 1 (grey) or 3 (RGB).")
     if channels == 3 or pixels.ndim == 2:
         return pixels
-    grey = np.empty(pixels.shape[:2], pixels.dtype)
-    for rows in strips_of(*grey.shape):
+    height, width = pixels.shape[:2]
+    grey = np.empty((height, width), pixels.dtype)
+    for rows in strips_of(height, width):
         grey[rows] = (pixels[rows] @ _LUMA + 500) // 1000
     return grey

@@ -86,6 +86,21 @@ def test_check_says_what_is_wrong_and_fails(
     assert main(["check", "--config", str(settings), "--quick"]) == 0
 
 
+def test_check_looks_at_a_receivers_folder(
+    settings: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__KIND", "receiver")
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__PATH", str(tmp_path / "new" / "received"))
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", "1")
+    main(["check", "--config", str(settings), "--json"])
+    found = {one["name"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert found["source"] == "ok"
+    (tmp_path / "new").write_bytes(b"")
+    main(["check", "--config", str(settings), "--json"])
+    found = {one["name"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert found["source"] == "fail"
+
+
 def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -> None:
     assert main(["bench", "--config", str(settings), "--frames", "30", "--json", "--choose"]) == 0
     said = capsys.readouterr()
