@@ -109,7 +109,9 @@ class Agent:
         # Without a limit, as the link's thread must never wait; the window and the releaser's permits bound it.
         self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         post = self._inbox.put
-        self._releaser = Supervisor(releaser, config, post, self._known, self._lose)
+        self._releaser = Supervisor(
+            releaser, config, post, self._known, lambda: self._spool.strikes, self._strike, self._lose
+        )
         stack.callback(self._releaser.stop)
         load_secret(config.device.secret_path)  # made here, where its folder is
         state = Path(config.device.state_dir)
@@ -273,8 +275,12 @@ class Agent:
         if ready is not None and answer.boot == ready.boot:
             self._updates.judge(good=isinstance(answer.reply, Result))
 
-    def _lose(self, reason: str, digest: int | None) -> None:
+    def _strike(self, name: str) -> None:
+        self._spool.strike(name)
+
+    def _lose(self, reason: str, digest: int | None, name: str) -> None:
         self._spool.drop(reason)
+        self._spool.forgive(name)
         if reason == "not_released":
             self._updates.judge(good=False)
         if digest is not None:

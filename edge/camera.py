@@ -71,7 +71,7 @@ class CameraSource:
         except self._cv2.error as error:
             text = " ".join(str(error).split()).replace(str(self._camera), _shown(self._camera))
             log.error("camera %s: %s", _shown(self._camera), text)
-            self._capture.lose("unreadable", None)
+            self._capture.lose("unreadable", None, "")
             return 0
 
     def _read_until_failure(self, device: Any) -> int:
@@ -106,7 +106,9 @@ class VideoSource:
         name = self.path.name
         key = f"{self.capture.name(name)}@{self.path.stat().st_mtime_ns}"
         if self.capture.is_poison(name):
-            self.capture.lose("crashed", digest_of(key))
+            self.capture.lose("crashed", digest_of(key), self.capture.name(name))
+            return
+        if digest_of(key) in self.capture.known:  # given up by an earlier run
             return
         video = _open_cv().VideoCapture(str(self.path))
         try:
@@ -124,7 +126,7 @@ class VideoSource:
             video.release()
         if not index:
             log.warning("a video holds no frame that OpenCV can read", extra={"file": str(self.path)})
-            self.capture.lose("unreadable", digest_of(key))
+            self.capture.lose("unreadable", digest_of(key), self.capture.name(name))
 
 
 def try_camera(camera: int | str) -> str:

@@ -92,7 +92,8 @@ class Capture:
     open : callable
         Context manager for reading the file or frame of a name: it is watched, and ends in time or at all.
     lose : callable
-        Counts a lost frame under a reason; with a digest it is not tried again.
+        Counts a lost frame under a reason; with a digest it is not tried again. Its full name, or its file's, is
+        given for its strikes to be forgotten.
     supersede : callable
         Counts a live frame that gave way to a newer one.
     """
@@ -104,7 +105,7 @@ class Capture:
     admit: Callable[[], bool]
     give_back: Callable[[], None]
     open: Callable[[str], AbstractContextManager[None]]
-    lose: Callable[[str, int | None], None]
+    lose: Callable[[str, int | None, str], None]
     supersede: Callable[[], None]
 
     def name(self, name: str) -> str:

@@ -195,6 +195,7 @@ def _sources(config: EdgeConfig) -> Iterator[Finding]:
 
 
 def _try_source(source: CaptureConfig) -> str:
+    path = Path(source.path)
     if source.kind == "camera":
         from edge.camera import try_camera
 
@@ -203,8 +204,10 @@ def _try_source(source: CaptureConfig) -> str:
         host, _, port = source.listen.rpartition(":")
         with socket.socket() as probe_socket:
             taken = probe_socket.connect_ex((host, int(port))) == 0
-        return f"{source.listen}, {'in use (by the agent?)' if taken else 'free'}"
-    path = Path(source.path)
+        existing = next(one for one in (path, *path.resolve().parents) if one.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise EdgeError(f"{existing}: is no folder that this user may write to. Set `capture.path`.")
+        return f"{source.listen}, {'in use (by the agent?)' if taken else 'free'}, into {path}"
     if not path.exists():
         raise EdgeError(f"{path}: does not exist. Set `capture.path`.")
     if not os.access(path, os.R_OK):

@@ -80,7 +80,10 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
         Keep looking for new files in the folder; otherwise the source ends with its last file.
     sort : bool
         Move a file to `done/` within its folder when its frames are safe in the spool, and to `failed/`, with
-        the reason beside it, when it cannot be read. Otherwise files stay where they are.
+        the reason beside it, when it cannot be read. Otherwise files stay where they are. A receiver always does.
+    keep_done_s, keep_failed_s : float or None
+        How long files stay in `done/` and `failed/`; 0 deletes a file at once. By default a folder's stay for ever;
+        a receiver's are deleted at once when they are done, and after a week when they have failed.
     max_unanswered : int
         A source that can wait (all but a camera) does so while this many frames have no result.
     priority : int
@@ -101,6 +104,8 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
     rate_hz: Span = 0.0
     watch: bool = False
     sort: bool = False
+    keep_done_s: Span | None = None
+    keep_failed_s: Span | None = None
     max_unanswered: Count = 64
     priority: Annotated[int, Meta(ge=0, le=9)] = 0
     real_time: bool = False
@@ -110,9 +115,12 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
     min_free_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 256 << 20
 
     def __post_init__(self) -> None:
-        """Refuse a pause between frames that no clock counts."""
+        """Refuse a pause between frames that no clock counts, and a time to keep what is not sorted."""
         if 0 < self.rate_hz < SLOWEST_HZ:
             raise ValueError("Expected `rate_hz` of 0, or of one frame a day at least")
+        kept = (self.keep_done_s, self.keep_failed_s)
+        if kept != (None, None) and not self.sort and self.kind != "receiver":
+            raise ValueError("Expected `sort = true` beside `keep_done_s` and `keep_failed_s`")
 
 
 class RuntimeConfig(Struct, frozen=True, kw_only=True):

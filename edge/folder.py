@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +24,10 @@ from splitward.imaging.inputs import Pixels
 WATCH_S = 1.0
 WATCH_PART = 0.02
 """Most of the time that looking for files may take: a folder of a hundred thousand is looked at less often."""
-DONE, FAILED = "done", "failed"
+SWEEP_S = 60.0
+REMEMBERED = 10_000
+"""Files that are known by their names within one run; of earlier runs the spool knows more."""
+DONE, FAILED, INCOMING = "done", "failed", ".incoming"
 log = logging.getLogger(__name__)
 
 
@@ -39,8 +45,14 @@ class FolderSource:
 
     path: Path
     capture: Capture
-    read: Callable[[Path], list[Pixels]]
+    read: Callable[[Path], Iterator[tuple[int, Pixels]]]
+    """Images of a file, each with the number of all; none is read before it is asked for."""
     suffixes: frozenset[str]
+    has_prefix: Callable[[Path], bool] | None = None
+    """Whether a file without a suffix is to be read."""
+    named: re.Pattern[str] | None = None
+    """Names that stand for a file's bytes: under such a name the same frame comes again, however new the file is."""
+    taken: dict[int, None] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[Frame]:
         if not self.path.is_dir():
@@ -49,9 +61,13 @@ class FolderSource:
 
     def _frames(self) -> Iterator[Frame]:
         seen: set[_Look] = set()
+        swept_s = -math.inf
         young: set[_Look] = set()
         while True:
             started_s = time.monotonic()
+            if started_s - swept_s >= SWEEP_S:
+                swept_s = started_s
+                self._sweep()
             files, young = self._files(young)
             pause_s = max(WATCH_S, (time.monotonic() - started_s) / WATCH_PART)
             seen &= set(files)  # no longer than the folder itself
@@ -77,11 +93,12 @@ class FolderSource:
         found: list[_Look] = []
         young_now: set[_Look] = set()
         for folder, folders, names in os.walk(self.path):
-            if Path(folder) == self.path and self.capture.config.sort:
-                folders[:] = [name for name in folders if name not in (DONE, FAILED)]
+            if Path(folder) == self.path:
+                ours = (DONE, FAILED, INCOMING) if self.capture.config.sort else (INCOMING,)
+                folders[:] = [name for name in folders if name not in ours]
             for name in names:
                 path = Path(folder, name)
-                if path.suffix.lower() in self.suffixes:
+                if path.suffix.lower() in self.suffixes or self._may_have_prefix(path):
                     with contextlib.suppress(OSError):  # removed since it was listed
                         state = path.stat()
                         look = _Look(path, state.st_mtime_ns, state.st_size)
@@ -95,41 +112,78 @@ class FolderSource:
     def _read(self, path: Path, modified_ns: int) -> Iterator[Frame]:
         name = path.relative_to(self.path).as_posix()
         key = self._key(path, modified_ns)
-        if digest_of(key) in self.capture.known:
-            self._sort(path, modified_ns)  # the agent was stopped before it could
+        if digest_of(key) in self.capture.known or digest_of(key) in self.taken:
+            self._sort(path, modified_ns)  # the agent was stopped before it could, or the file came again
+            return
+        if self._may_have_prefix(path) and not self._has_prefix(path):
             return
         if self.capture.is_poison(name):
             self._fail(path, modified_ns, "crashed", "reading or releasing it ended the releaser twice.")
             return
-        try:
-            with self.capture.open(self.capture.name(name)):
-                images = self.read(path)
-        except DataError as error:
-            self._fail(path, modified_ns, "unreadable", str(error))
-            return
-        for index, pixels in enumerate(images):
+        images = self.read(path)
+        for index in itertools.count():
+            try:
+                with self.capture.open(self.capture.name(name)):
+                    count, pixels = next(images)
+            except DataError as error:
+                self._fail(path, modified_ns, "unreadable", str(error))
+                return
             # The last frame of a file stands for the whole file, so that a restart need not read it again.
-            last = index == len(images) - 1
+            last = index == count - 1
             digest = digest_of(key + ("" if last else f"#{index}"))
+            if last:
+                self._remember(digest)
             if digest not in self.capture.known:
                 settle = (lambda: self._sort(path, modified_ns)) if last else None
-                yield self.capture.take(name if len(images) == 1 else f"{name}#{index}", pixels, digest, settle)
+                yield self.capture.take(name if count == 1 else f"{name}#{index}", pixels, digest, settle)
+            if last:
+                return
 
     def _key(self, path: Path, modified_ns: int) -> str:
-        return f"{self.capture.name(path.relative_to(self.path).as_posix())}@{modified_ns}"
+        name = self.capture.name(path.relative_to(self.path).as_posix())
+        return name if self._is_named(path) else f"{name}@{modified_ns}"
+
+    def _is_named(self, path: Path) -> bool:
+        return self.named is not None and self.named.fullmatch(path.name) is not None
+
+    def _may_have_prefix(self, path: Path) -> bool:
+        """Whether a file has a name such as media have (IM000001), or is named by its UID."""
+        return self.has_prefix is not None and (not path.suffix or path.suffix[1:].isdigit())
+
+    def _has_prefix(self, path: Path) -> bool:
+        try:
+            return self.has_prefix is None or self.has_prefix(path)
+        except OSError:  # removed since it was listed, or not ours to read
+            return False
+
+    def _remember(self, digest: int) -> None:
+        self.taken[digest] = None
+        if len(self.taken) > REMEMBERED:
+            del self.taken[next(iter(self.taken))]
 
     def _fail(self, path: Path, modified_ns: int, reason: str, message: str) -> None:
         log.warning("a file is passed over: %s", reason, extra={"file": str(path), "error": message})
-        self.capture.lose(reason, digest_of(self._key(path, modified_ns)))
+        name = self.capture.name(path.relative_to(self.path).as_posix())
+        digest = digest_of(self._key(path, modified_ns))
+        self._remember(digest)
+        self.capture.lose(reason, digest, name)
         self._sort(path, modified_ns, {"reason": reason, "message": printable(message)})
 
     def _sort(self, path: Path, modified_ns: int, failure: dict[str, str] | None = None) -> None:
-        """Move a file to done/, or to failed/ with the reason beside it; one that has changed since stays."""
-        if not self.capture.config.sort:
+        """Move a file to done/, or to failed/ with the reason beside it, or delete it if none is to be kept.
+
+        One that has changed since stays.
+        """
+        config = self.capture.config
+        if not config.sort:
             return
         target = self.path / (FAILED if failure else DONE) / path.relative_to(self.path)
         try:
             if path.stat().st_mtime_ns != modified_ns:
+                return
+            again = target.exists() and self._is_named(path)  # the same bytes lie there
+            if again or (config.keep_failed_s if failure else config.keep_done_s) == 0:
+                path.unlink()
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
@@ -140,21 +194,37 @@ class FolderSource:
         except OSError as error:
             log.warning("a file stays where it is: %s", error.strerror, extra={"file": str(path)})
 
+    def _sweep(self) -> None:
+        """Delete what was in done/ and failed/ for long enough: since it was moved, by the file system's own clock."""
+        config = self.capture.config
+        for folder, keep_s in ((DONE, config.keep_done_s), (FAILED, config.keep_failed_s)):
+            if keep_s is None or not config.sort:
+                continue
+            oldest_ns = _file_system_now_ns(self.path) - int(keep_s * 1e9)
+            for path in (self.path / folder).rglob("*"):
+                with contextlib.suppress(OSError):
+                    if path.is_file() and path.stat().st_ctime_ns <= oldest_ns:
+                        path.unlink()
+
 
 def image_folder(path: Path, capture: Capture) -> FolderSource:
     """Folder of image files."""
     from splitward.imaging import files
 
-    return FolderSource(path, capture, lambda file: [files.read_image(file)], files.SUFFIXES)
+    def read(file: Path) -> Iterator[tuple[int, Pixels]]:
+        yield 1, files.read_image(file)
+
+    return FolderSource(path, capture, read, files.SUFFIXES)
 
 
-def dicom_folder(path: Path, capture: Capture) -> FolderSource:
-    """Folder of DICOM files."""
+def dicom_folder(path: Path, capture: Capture, named: re.Pattern[str] | None = None) -> FolderSource:
+    """Folder of DICOM files, those without a suffix too if they begin as such; `named` as in `FolderSource`."""
     from splitward.imaging import dicom
 
-    return FolderSource(
-        path, capture, lambda file: [one.pixels for one in dicom.read_dicom(file)], dicom.SUFFIXES
-    )
+    def read(file: Path) -> Iterator[tuple[int, Pixels]]:
+        return ((one.count, one.pixels) for one in dicom.iter_dicom(file))
+
+    return FolderSource(path, capture, read, dicom.SUFFIXES, dicom.has_prefix, named)
 
 
 def _file_system_now_ns(folder: Path) -> int:

@@ -72,11 +72,15 @@ class Released(Struct, frozen=True, tag=True):
 
 
 class Lost(Struct, frozen=True, tag=True):
-    """A frame became no message, for `reason`; `digest` keeps it from being tried again. `opening` as in `Released`."""
+    """A frame became no message, for `reason`; `digest` keeps it from being tried again. `opening` as in `Released`.
+
+    `name` is that of the frame, or of the file that gave none; empty where there is neither.
+    """
 
     reason: str
-    digest: int | None = None
-    opening: int = 0
+    digest: int | None
+    name: str
+    opening: int
 
 
 class Beat(Struct, frozen=True, tag=True):

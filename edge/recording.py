@@ -35,7 +35,7 @@ class SimulatorSource:
             if digest in self.capture.known:
                 continue
             if self.capture.is_poison(name):
-                self.capture.lose("crashed", digest)
+                self.capture.lose("crashed", digest, self.capture.name(name))
                 continue
             yield self.capture.take(name, pixels, digest)
 

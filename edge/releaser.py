@@ -98,7 +98,7 @@ class Releaser:
         except (DataError, BackendError) as error:
             reason = "unreadable" if isinstance(error, DataError) else "not_released"
             log.warning("a frame is dropped: %s", reason, extra={"frame": frame.name, "error": str(error)})
-            self._lose(reason, frame.digest)
+            self._lose(reason, frame.digest, frame.name)
             if frame.can_wait:
                 self._give_back()
             return
@@ -157,8 +157,8 @@ class Releaser:
             self._admitted -= 1
             self._progress.notify_all()
 
-    def _lose(self, reason: str, digest: int | None) -> None:
-        self._pipe.send(Lost(reason, digest, self._own.opening))
+    def _lose(self, reason: str, digest: int | None, name: str) -> None:
+        self._pipe.send(Lost(reason, digest, name, self._own.opening))
 
     def _supersede(self) -> None:
         self._superseded += 1

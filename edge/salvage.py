@@ -26,11 +26,12 @@ SavedRow = tuple[int, bytes, int, str, int, int, int, int, bytes]
 
 @dataclass
 class Salvage:
-    """What was saved: rows as the spool's table has them, digests of captured frames, counts of dropped ones."""
+    """What was saved: rows as the table has them, digests of captured frames, counts of dropped ones, and strikes."""
 
     rows: list[SavedRow] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    strikes: dict[str, int] = field(default_factory=dict)
 
 
 def salvage(path: Path) -> Salvage:
@@ -38,7 +39,7 @@ def salvage(path: Path) -> Salvage:
     saved = Salvage()
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         saved.rows = [row for row in _readable_rows(database) if is_whole(row[-1])]
-        for table, into in (("captured", saved.digests), ("dropped", saved.dropped)):
+        for table, into in (("captured", saved.digests), ("dropped", saved.dropped), ("strike", saved.strikes)):
             with suppress(sqlite3.Error):
                 for key, value in database.execute(f"SELECT * FROM {table}"):  # noqa: S608  # constants
                     if isinstance(into, dict):

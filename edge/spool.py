@@ -33,6 +33,8 @@ from splitward.disk import move_whole
 SCHEMA_VERSION = 2
 REMEMBERED = 200_000
 """Frames whose digests are kept, so that a restart does not capture them again."""
+STRUCK = 256
+"""Files whose strikes are kept: those that were struck last."""
 CLOCK_PERIOD_NS = 10 * 10**9
 """How often the spool's clock is written, at most, and so what a crash makes a frame younger."""
 _SCHEMA = """
@@ -61,6 +63,8 @@ CREATE INDEX frame_by_priority ON frame (priority);
 CREATE TABLE clock (spool_ns INTEGER NOT NULL);
 INSERT INTO clock VALUES (0);
 """
+# By itself: an agent that knows no strikes passes over the table, so that a version can be taken back.
+_STRIKES = "CREATE TABLE IF NOT EXISTS strike (name TEXT PRIMARY KEY, count INTEGER NOT NULL)"
 _COLUMNS = "id, boot, sequence, name, captured_at_ns, captured_tick_ns, priority, spooled_ns, message"
 _INSERT = f"INSERT INTO frame ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608  # constants
 _OUT_OF_SPACE = ("disk is full", "disk i/o error", "unable to open database file")
@@ -100,6 +104,8 @@ class Spool:
         Bytes of the messages that are in memory only.
     dropped : dict
         Frames lost by reason, over all starts.
+    strikes : dict
+        How often each file has ended the releaser, over all starts, until its frame is taken or given up.
 
     Parameters
     ----------
@@ -126,7 +132,7 @@ class Spool:
         self._staged_rows: dict[tuple[bytes, int], int] = {}
         self._removed: set[int] = set()
         self._digests: list[int] = []
-        self._counts_changed = False
+        self._counts_changed = self._strikes_changed = False
         self.staged_bytes = self._clock_written_ns = 0
         aside = self._beside(f".damaged-{time.time_ns()}")
         try:
@@ -148,13 +154,13 @@ class Spool:
     @property
     def changed(self) -> bool:
         """Whether something waits for a commit."""
-        return bool(self._staged or self._removed or self._digests or self._counts_changed)
+        return bool(self.urgent or self._removed or self._counts_changed)
 
     @property
     def urgent(self) -> bool:
-        """Whether a frame waits for a commit, or the digest of one. What is removed can wait: a frame whose removal
-        was lost is sent once more, and answered from the cloud's store."""
-        return bool(self._staged or self._digests)
+        """Whether a frame waits for a commit, the digest of one, or a strike. What is removed can wait: a frame whose
+        removal was lost is sent once more, and answered from the cloud's store."""
+        return bool(self._staged or self._digests or self._strikes_changed)
 
     @property
     def oldest_staged_ns(self) -> int | None:
@@ -189,12 +195,13 @@ class Spool:
         self.staged_bytes = 0
         self._removed.clear()
         self._digests.clear()
-        self._counts_changed = False
+        self._counts_changed = self._strikes_changed = False
 
     def add(self, entry: Entry, digest: int | None) -> None:
         """Append a frame; what no longer fits is dropped by the policy and counted, be it this frame."""
         if digest is not None:
             self.remember(digest)
+        self.forgive(entry.name)
         self._last_row += 1  # ours, as SQLite gives a removed row's number again
         row = self._last_row
         self._staged[row] = entry._replace(row=row, spooled_ns=self.now_ns())
@@ -239,6 +246,20 @@ class Spool:
         """Note that the frame of `digest` is not to be captured again."""
         self._digests.append(digest)
 
+    def strike(self, name: str) -> None:
+        """Note that the file or frame `name` has ended the releaser."""
+        self.strikes[name] = self.strikes.pop(name, 0) + 1
+        for oldest in list(self.strikes)[:-STRUCK]:
+            del self.strikes[oldest]
+        self._strikes_changed = True
+
+    def forgive(self, name: str) -> None:
+        """Forget the strikes of the file or frame `name`, of its frames and of its file."""
+        file = name.rpartition("#")[0]
+        for one in [one for one in self.strikes if one in (name, file) or one.startswith(f"{name}#")]:
+            del self.strikes[one]
+            self._strikes_changed = True
+
     def get(self, row: int) -> Entry | None:
         """Frame at `row`, or None."""
         if row in self._staged:
@@ -282,8 +303,13 @@ class Spool:
         run.executemany(_INSERT, self._staged.values())
         run.executemany("DELETE FROM frame WHERE id = ?", ((row,) for row in self._removed))
         run.executemany("INSERT INTO captured (digest) VALUES (?)", ((digest,) for digest in self._digests))
+        if self._digests:
+            run.execute("DELETE FROM captured WHERE id <= (SELECT max(id) FROM captured) - ?", (REMEMBERED,))
         if self._counts_changed:
             run.executemany("INSERT OR REPLACE INTO dropped VALUES (?, ?)", self.dropped.items())
+        if self._strikes_changed:
+            run.execute("DELETE FROM strike")
+            run.executemany("INSERT INTO strike VALUES (?, ?)", self.strikes.items())
         now_ns = self.now_ns()
         if now_ns - self._clock_written_ns > CLOCK_PERIOD_NS:
             run.execute("UPDATE clock SET spool_ns = ?", (now_ns,))
@@ -353,6 +379,7 @@ class Spool:
             if version < SCHEMA_VERSION:
                 steps = _SCHEMA if version == 0 else _FROM_VERSION_1
                 database.executescript(f"BEGIN;{steps}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+            database.execute(_STRIKES)
         except BaseException:
             database.close()
             raise
@@ -364,8 +391,8 @@ class Spool:
             "SELECT coalesce(max(id), 0), count(*), coalesce(sum(length(message)), 0) FROM frame"
         ).fetchone()
         self._last_row, self.rows, self.stored_bytes = totals
-        one("DELETE FROM captured WHERE id <= (SELECT max(id) FROM captured) - ?", (REMEMBERED,))
         self.dropped: dict[str, int] = dict(one("SELECT reason, count FROM dropped").fetchall())
+        self.strikes: dict[str, int] = dict(one("SELECT name, count FROM strike ORDER BY rowid").fetchall())
         self._backlogs: dict[int, Backlog] = {}
         for priority, low, high in one("SELECT priority, min(id), max(id) FROM frame GROUP BY priority"):
             self._backlog(priority).add(low, high + 1)
@@ -404,6 +431,8 @@ class Spool:
             self.add(Entry(*row), None)
         self._digests.extend(saved.digests)
         self.dropped |= saved.dropped
+        self.strikes |= saved.strikes
+        self._strikes_changed = bool(saved.strikes)
         self.drop("spool_damaged")
         self.commit()
         # Into the file that will be renamed.

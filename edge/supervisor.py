@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -94,8 +94,13 @@ class Supervisor:
         Takes each `FromRun`.
     known : callable
         Digests of the frames that were taken, packed; asked for at each start.
+    strikes : callable
+        How often each file has ended a releaser; asked for at each start.
+    on_strike : callable
+        Takes the name of a file that has ended the releaser.
     on_loss : callable
-        Counts a lost frame under a reason, with the digest that keeps it from being tried again, or None.
+        Counts a lost frame under a reason, with the digest that keeps it from being tried again, or None, and its
+        name, whose strikes are then forgotten.
 
     Attributes
     ----------
@@ -119,11 +124,15 @@ class Supervisor:
         config: EdgeConfig,
         post: Callable[[FromRun], None],
         known: Callable[[], bytes],
-        on_loss: Callable[[str, int | None], None],
+        strikes: Callable[[], Mapping[str, int]],
+        on_strike: Callable[[str], None],
+        on_loss: Callable[[str, int | None, str], None],
     ) -> None:
         self._config = config
         self._post = post
         self._known = known
+        self._strikes = strikes
+        self._on_strike = on_strike
         self._on_loss = on_loss
         self._run = 1
         self._launched: Launched | None = first
@@ -131,7 +140,6 @@ class Supervisor:
         self._held = self._received = self._safe_before = 0
         self._told = (-1, -1)
         self._settled = 0  # number of the opening that the latest message came of
-        self._strikes: Counter[str] = Counter()
         self._deaths: deque[float] = deque()
         self._start_at_s: float | None = None
         self._heard_s = 0.0
@@ -167,7 +175,7 @@ class Supervisor:
         self._received, self._safe_before, self._told = 0, captured, (-1, -1)
         self._settled, self._start_at_s, self._retired = 0, None, False
         self._heard_s = time.monotonic() + READY_S - SILENCE_S
-        poison = tuple(name for name, strikes in self._strikes.items() if strikes >= STRIKES)
+        poison = tuple(name for name, strikes in self._strikes().items() if strikes >= STRIKES)
         threading.Thread(
             target=self._read, args=(pipe, permits, self._run), name="releaser", daemon=True
         ).start()
@@ -187,7 +195,7 @@ class Supervisor:
             self.other_us.append(message.other_us)
             return message
         if isinstance(message, Lost):
-            self._on_loss(message.reason, message.digest)
+            self._on_loss(message.reason, message.digest, message.name)
         elif isinstance(message, Beat):
             self._superseded_now = message.superseded
         elif isinstance(message, Logged):
@@ -246,9 +254,10 @@ class Supervisor:
         reason = "hung" if code in (-signal.SIGALRM, -signal.SIGKILL) else "crashed"
         log.error("the releaser %s (exit %s)", reason, code, extra=_frame_field(opened))
         if opened is not None:
-            self._strikes[opened.name] += 1
-            if not opened.can_wait:  # it will not come again
-                self._on_loss(reason, None)
+            if opened.can_wait:
+                self._on_strike(opened.name)
+            else:  # it will not come again
+                self._on_loss(reason, None, opened.name)
         self._deaths.append(now_s)
         while now_s - self._deaths[0] > self._config.runtime.restart_window_s:
             self._deaths.popleft()

@@ -9,6 +9,7 @@ Nothing here logs: pydicom's own warnings and errors about attributes quote valu
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,9 +22,15 @@ from numpy.typing import NDArray
 from splitward.errors import DataError
 from splitward.imaging.inputs import Pixels
 
-# Samples of all frames of one file, 512 MiB of 16-bit pixels: a long tomosynthesis, not more.
 MAX_SAMPLES = 1 << 28
+"""Of all frames of one file, 512 MiB in 16 bits: a long tomosynthesis, not more."""
+MAX_PIXELS = 32 << 20
+"""Of one frame that is grey of up to 16 bits or RGB of 8: a mammogram at full resolution has 28 million at most."""
+MAX_COSTLY_PIXELS = 8 << 20
+"""Of any other frame: pydicom takes some 30 bytes for each pixel of YBR. 4K video has as many."""
 SUFFIXES = frozenset({".dcm", ".dicom", ".dic"})
+_DEFERRED_BYTES = 1 << 20
+"""Attributes of this size are left in the file, most of which nobody asks for."""
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 
@@ -50,8 +57,26 @@ class DicomFrame:
 
 def is_dicom(path: Path) -> bool:
     """Whether the file at `path` has the DICOM prefix (PS3.10, section 7.1) or a DICOM suffix."""
+    return path.suffix.lower() in SUFFIXES or has_prefix(path)
+
+
+def has_prefix(path: Path) -> bool:
+    """Whether the file at `path` has the DICOM prefix (PS3.10, section 7.1)."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" or path.suffix.lower() in SUFFIXES
+        return file.read(132)[128:] == b"DICM"
+
+
+def readable_syntaxes() -> list[str]:
+    """UIDs of the transfer syntaxes (PS3.5, section 10) that `read_dicom` takes with the decoders that are there."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import AllTransferSyntaxes
+
+    readable = []
+    for uid in AllTransferSyntaxes:
+        with contextlib.suppress(NotImplementedError):  # not of pixels, or unknown to pydicom
+            if uid != _DEFLATED and get_decoder(uid).is_available:
+                readable.append(str(uid))
+    return readable
 
 
 def read_dicom(path: Path) -> list[DicomFrame]:
@@ -60,18 +85,52 @@ def read_dicom(path: Path) -> list[DicomFrame]:
     Raises
     ------
     DataError
-        The file is missing, is no DICOM file, is truncated, holds no image, is deflated or over `MAX_SAMPLES`,
-        has a photometric interpretation or a compression that cannot be read, or pydicom is not installed.
+        The file is missing, is no DICOM file, is truncated, holds no image, is deflated, has more than `MAX_SAMPLES`
+        or frames that are over the limit of their kind, has a photometric interpretation or a compression that
+        cannot be read, or pydicom is not installed.
     """
+    return list(iter_dicom(path))
+
+
+def iter_dicom(path: Path) -> Iterator[DicomFrame]:
+    """As `read_dicom`, but each frame is read when it is asked for: a device has no room for all of a tomosynthesis.
+
+    Raises
+    ------
+    DataError
+        As `read_dicom`, at the first frame that cannot be read.
+    """
+    dataset = _read_attributes(path)
+    patient_id = str(dataset.get("PatientID") or "").strip()
+    count = int(dataset.get("NumberOfFrames") or 1)
+    frames = _decode(path, dataset)
+    for index in range(count):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they quote attributes of the patient
+            try:
+                pixels = _to_pixels(path, next(frames), dataset, index)
+            except DataError:
+                raise
+            except Exception as error:  # decoders and plugins share no root; their text speaks of pixels only
+                reason = " ".join(str(error).split()) or f"it has {index} of {count} frames"
+                raise DataError(
+                    f"{path}: its pixels cannot be decoded: {reason}. Export it uncompressed (`dcmconv`, `gdcmconv "
+                    "--raw`), or install the decoder that is named here."
+                ) from error
+        yield DicomFrame(pixels, patient_id, index, count)
+
+
+def _read_attributes(path: Path) -> Any:
+    """All but the pixels."""
     try:
         import pydicom
     except ImportError as error:
         raise DataError(f"{path}: reading DICOM needs pydicom: pip install 'splitward[dicom]'.") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they quote attributes of the patient
+        warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True)
-            patient_id = str(dataset.get("PatientID") or "").strip()
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, defer_size=_DEFERRED_BYTES)
+            str(dataset.get("PatientID") or "")  # converted only now
             deflated = dataset.file_meta.get("TransferSyntaxUID") == _DEFLATED
         except FileNotFoundError:
             raise DataError(f"{path}: no such file. Check the path.") from None
@@ -80,20 +139,7 @@ def read_dicom(path: Path) -> list[DicomFrame]:
         if deflated:  # zlib would be let unpack without a limit
             raise DataError(f"{path}: is deflated, which is not read. Convert it with `dcmconv +te`.")
         _check_size(path, dataset)
-        try:
-            dataset = pydicom.dcmread(path)
-            return [
-                DicomFrame(pixels, patient_id, index, count)
-                for index, count, pixels in _read_frames(path, dataset)
-            ]
-        except DataError:
-            raise
-        except Exception as error:  # decoders and plugins share no root; their text speaks of pixels only
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{path}: its pixels cannot be decoded: {reason}. Export it uncompressed (`dcmconv`, `gdcmconv "
-                "--raw`), or install the decoder that is named here."
-            ) from error
+    return dataset
 
 
 def _check_size(path: Path, dataset: Any) -> None:
@@ -102,35 +148,57 @@ def _check_size(path: Path, dataset: Any) -> None:
     try:
         shape = [int(dataset[key].value) for key in ("Rows", "Columns", "SamplesPerPixel")]
         samples = int(dataset.get("NumberOfFrames") or 1) * shape[0] * shape[1] * shape[2]
+        limit = _frame_limit(dataset)
+        pixel_bytes = _least_bytes(dataset, samples)
     except Exception:  # noqa: BLE001 - pydicom converts values only now, and raises what it likes
         raise DataError(f"{path}: its image size cannot be read. Export it again from its archive.") from None
     if not 0 < samples <= MAX_SAMPLES:
         raise DataError(f"{path}: declares {samples} samples; 1 to {MAX_SAMPLES} are read. Split it by frames.")
+    if Path(path).stat().st_size < pixel_bytes:
+        raise DataError(
+            f"{path}: its pixels cannot be decoded: it is truncated, they are {pixel_bytes} bytes. Export it again."
+        )
+    if shape[0] * shape[1] > limit:
+        raise DataError(
+            f"{path}: declares {shape[1]} x {shape[0]} pixels a frame, over the limit of {limit} for its kind. Crop or "
+            "shrink the image first."
+        )
 
 
-def _read_frames(path: Path, dataset: Any) -> list[tuple[int, int, Pixels]]:
-    count = int(dataset.get("NumberOfFrames") or 1)
-    return [
-        (index, count, _to_pixels(path, stored, dataset, index))
-        for index, stored in enumerate(_decode(dataset, count))
-    ]
+def _frame_limit(dataset: Any) -> int:
+    bits, photometric = int(dataset.BitsAllocated), dataset.PhotometricInterpretation
+    lean = bits <= 16 and str(photometric).startswith("MONOCHROME")
+    packed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    return MAX_PIXELS if lean or (bits <= 8 and photometric == "RGB" and not packed) else MAX_COSTLY_PIXELS
 
 
-def _decode(dataset: Any, count: int) -> Iterator[NDArray[Any]]:
-    """Each frame as it is stored, [H, W] or [H, W, 3] where YBR has become RGB (C.7.6.3.1.2).
-
-    What is compressed is unpacked one frame at a time, and what is not is seen where the file's bytes lie: on a
-    device there is no room for a second copy of a whole tomosynthesis.
-    """
-    from pydicom.pixels import pixel_array
-
+def _least_bytes(dataset: Any, samples: int) -> int:
+    """Bytes that the pixels take at least: known where they are not compressed."""
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        for index in range(count):
-            yield pixel_array(dataset, index=index)
-        return
-    tail = (3,) if dataset.SamplesPerPixel == 3 else ()
-    stored = pixel_array(dataset, view_only=True)
-    yield from stored.reshape(count, int(dataset.Rows), int(dataset.Columns), *tail)
+        return 0
+    halved = str(dataset.PhotometricInterpretation) == "YBR_FULL_422"  # two of three samples (C.7.6.3.1.2)
+    return samples * int(dataset.BitsAllocated) // 8 * (2 if halved else 3) // 3
+
+
+def _decode(path: Path, dataset: Any) -> Iterator[NDArray[Any]]:
+    """Each frame as it is stored, [H, W] or [H, W, 3] where YBR has become RGB (C.7.6.3.1.2)."""
+    from PIL import Image
+    from pydicom.pixels import iter_pixels
+
+    frames = iter_pixels(path, view_only=True)
+    declared = int(dataset.Rows) * int(dataset.Columns)
+    while True:
+        usual = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = (
+            declared + 1
+        ) // 2  # refused is what has twice as many, whatever the frame declares
+        try:
+            frame = next(frames, None)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+        if frame is None:
+            return
+        yield frame
 
 
 def _to_pixels(path: Path, stored: NDArray[Any], dataset: Any, index: int) -> Pixels:

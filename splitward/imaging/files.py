@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from splitward.errors import DataError
-from splitward.imaging.inputs import Pixels
+from splitward.imaging.inputs import Pixels, strips_of
 
-# A mammogram at full resolution has 25 million; what declares much more is an attack or a mistake.
-MAX_PIXELS = 64 << 20
+MAX_PIXELS = 32 << 20
+"""Of grey and RGB; of four channels three quarters. A mammogram at full resolution has 28 million at most, and a
+decoder takes up to 12 bytes for each (progressive JPEG): a device that has 512 MB for all has no room for more."""
+MAX_SIDE = 65535
+"""As JPEG and DICOM have it."""
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".tif", ".tiff"})
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF")
 # What Pillow's decoders raise on bytes that are not what they promise.
@@ -37,8 +41,8 @@ def read_image(path: Path) -> Pixels:
     Raises
     ------
     DataError
-        The file is missing, empty, truncated, no image of a known format, over `MAX_PIXELS`, or holds values
-        whose white is not known (floats, signed numbers, 32 bits).
+        The file is missing, empty, truncated, no image of a known format, over `MAX_PIXELS` or `MAX_SIDE`, or
+        holds values whose white is not known (floats, signed numbers, 32 bits).
     """
     with warnings.catch_warnings():
         # Pillow warns of odd metadata, which says nothing of the pixels; the size limit is ours.
@@ -60,18 +64,31 @@ def read_image(path: Path) -> Pixels:
 
 
 def _check_size(path: Path, image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
+    if image.mode == "F":
+        raise DataError(f"{path}: holds floats, whose white is not known. Convert it to 8- or 16-bit grey.")
+    limit = MAX_PIXELS * 3 // max(3, len(image.getbands()))
+    if image.width * image.height > limit or max(image.size) > MAX_SIDE:
         raise DataError(
-            f"{path}: declares {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS}. "
-            "Crop or shrink the image first."
+            f"{path}: declares {image.width} x {image.height} pixels, over the limit of {limit}, or of {MAX_SIDE} "
+            "a side. Crop or shrink the image first."
         )
 
 
 def _to_pixels(path: Path, image: Image.Image) -> Pixels:
-    if image.mode.startswith("I"):
-        return _to_deep_grey(path, image)
-    if image.mode == "F":
-        raise DataError(f"{path}: holds floats, whose white is not known. Convert it to 8- or 16-bit grey.")
+    """By strips, as each step makes a copy."""
+    to_strip = _deep_grey_of(path, image) if image.mode.startswith("I") else _strip_to_pixels
+    pixels: Pixels | None = None
+    for rows in strips_of(image.height, image.width):
+        strip = to_strip(image.crop((0, rows.start, image.width, rows.stop)))
+        if pixels is None:
+            pixels = np.empty((image.height, *strip.shape[1:]), strip.dtype)
+        pixels[rows] = strip
+    if pixels is None:
+        raise DataError(f"{path}: holds no pixels. Fetch or export it again.")
+    return pixels
+
+
+def _strip_to_pixels(image: Image.Image) -> Pixels:
     if image.has_transparency_data:
         grey = image.mode in ("L", "LA", "La", "1")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
@@ -79,22 +96,26 @@ def _to_pixels(path: Path, image: Image.Image) -> Pixels:
     return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
-def _to_deep_grey(path: Path, image: Image.Image) -> Pixels:
-    """Grey of more than 8 bits, to 65535 white; Pillow scales a PGM, and leaves a TIFF's values as they are."""
-    values = np.asarray(image)
+def _deep_grey_of(path: Path, image: Image.Image) -> Callable[[Image.Image], Pixels]:
+    """How grey of more than 8 bits becomes 65535 white; Pillow scales a PGM, and leaves a TIFF's values as they are."""
     transparent = image.info.get("transparency")
-    if transparent is not None:
-        values = np.where(values == transparent, 0, values)
+    bits, inverted = 16, False
     if isinstance(image, TiffImageFile):
         (bits,) = image.tag_v2[BITSPERSAMPLE]
         if image.mode == "I":  # what Pillow makes of signed values, and of 32 bits
             raise DataError(
                 f"{path}: holds {bits}-bit numbers whose white is not known. Convert it to 8- or 16-bit grey."
             )
-        if bits < 16:
-            white = (1 << bits) - 1
-            values = (values.astype(np.uint32) * 65535 + white // 2) // white
         # Pillow inverts WhiteIsZero up to 8 bits only.
-        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0:
-            values = 65535 - values
-    return values.astype(np.uint16)
+        inverted = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0
+    white = (1 << bits) - 1
+
+    def to_strip(strip: Image.Image) -> Pixels:
+        values = np.asarray(strip)
+        if transparent is not None:
+            values = np.where(values == transparent, 0, values)
+        if bits < 16:
+            values = (values.astype(np.uint32) * 65535 + white // 2) // white
+        return (65535 - values if inverted else values).astype(np.uint16)
+
+    return to_strip

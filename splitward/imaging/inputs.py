@@ -3,10 +3,14 @@
 The region of interest is cut out first, then channels are converted, then the size, all on the integers as they were
 captured; only then are the values scaled to 0..1, and the window is applied last. A data set can so keep integers and
 still train on exactly the device's frames.
+
+Whatever grows with the image is done in strips of rows: beside the pixels themselves, a device has no room for a copy
+of them in larger numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,9 @@ from splitward.errors import DataError
 from splitward.wire.bundle import InputSpec
 
 Pixels = NDArray[np.uint8 | np.uint16]
+MAX_PADDED = 64 << 20
+"""Pixels of an image that is padded to the model's aspect."""
+STRIP_PIXELS = 1 << 20
 
 # ITU-R BT.601, section 2.5.1, in thousandths: integers give every machine the same grey.
 _LUMA = np.array([299, 587, 114], np.uint32)
@@ -40,7 +47,8 @@ def to_frame(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
     Raises
     ------
     DataError
-        Another shape or dtype, an empty image, or a specification that is neither grey nor RGB.
+        Another shape or dtype, an empty image, a specification that is neither grey nor RGB, or an image that
+        would be over `MAX_PADDED`.
     """
     frame = as_float(fit_pixels(pixels, spec))
     if spec.window is None:
@@ -55,11 +63,22 @@ def fit_pixels(pixels: Pixels, spec: InputSpec) -> Pixels:
     _check_pixels(pixels)
     if spec.region is not None:
         pixels = crop_pixels(pixels, spec.region)
+    pixels = _to_grey_if_asked(pixels, spec.channels)
     if spec.fit != "stretch":
         pixels = _match_aspect(pixels, spec)
-    fitted = resize_pixels(_convert_channels(pixels, spec.channels), spec.height, spec.width)
-    planes = fitted[None] if fitted.ndim == 2 else np.moveaxis(fitted, -1, 0)
+    fitted = resize_pixels(pixels, spec.height, spec.width)
+    planes = (
+        np.broadcast_to(fitted, (spec.channels, *fitted.shape))
+        if fitted.ndim == 2
+        else np.moveaxis(fitted, -1, 0)
+    )
     return np.ascontiguousarray(planes)
+
+
+def strips_of(height: int, width: int) -> Iterator[slice]:
+    """Rows of an image, as many at a time as hold about `STRIP_PIXELS`."""
+    rows = max(1, STRIP_PIXELS // width)
+    return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def crop_pixels(pixels: Pixels, region: tuple[float, float, float, float]) -> Pixels:
@@ -73,7 +92,8 @@ def crop_pixels(pixels: Pixels, region: tuple[float, float, float, float]) -> Pi
 def resize_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize [H, W] or [H, W, 3]: by area where no side grows, else bilinearly; the same size is left alone.
 
-    By Pillow in floats, each channel alone: it keeps 16 bits, and a device need not load OpenCV for it.
+    By Pillow in floats, each channel alone: it keeps 16 bits, and a device need not load OpenCV for it. A plane of
+    more than one strip is brought to its width strip by strip, and then to its height.
     """
     _check_pixels(pixels)
     if pixels.shape[:2] == (height, width):
@@ -85,10 +105,19 @@ def resize_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
     method = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
     planes = [pixels] if pixels.ndim == 2 else list(np.moveaxis(pixels, -1, 0))
-    resized = [
-        np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, height), method))
-        for plane in planes
-    ]
+
+    def resize(plane: NDArray[Any], rows: int) -> NDArray[np.float32]:
+        return np.asarray(Image.fromarray(plane.astype(np.float32)).resize((width, rows), method))
+
+    def narrow(plane: Pixels) -> NDArray[Any]:
+        strips = list(strips_of(plane.shape[0], plane.shape[1]))
+        return (
+            plane
+            if len(strips) == 1
+            else np.concatenate([resize(plane[one], one.stop - one.start) for one in strips])
+        )
+
+    resized = [resize(narrow(plane), height) for plane in planes]
     whole = np.rint(resized[0] if pixels.ndim == 2 else np.stack(resized, axis=-1))
     fitted: Pixels = np.clip(whole, 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
     return fitted
@@ -108,6 +137,11 @@ def _match_aspect(pixels: Pixels, spec: InputSpec) -> Pixels:
         max(height, round(width * spec.height / spec.width)),
         max(width, round(height * spec.width / spec.height)),
     )
+    if full_h * full_w > MAX_PADDED:
+        raise DataError(
+            f"an image of {width} x {height} cannot be padded to the model's aspect: {full_w} x {full_h} is over the "
+            f"limit of {MAX_PADDED} pixels. Crop it first."
+        )
     above, before = (full_h - height) // 2, (full_w - width) // 2
     sides = [(above, full_h - height - above), (before, full_w - width - before)]
     return np.pad(pixels, [*sides, *[(0, 0)] * (pixels.ndim - 2)])
@@ -129,11 +163,13 @@ def _check_pixels(pixels: Pixels) -> None:
         )
 
 
-def _convert_channels(pixels: Pixels, channels: int) -> Pixels:
+def _to_grey_if_asked(pixels: Pixels, channels: int) -> Pixels:
     if channels not in (1, 3):
         raise DataError(f"a model of {channels} channels cannot take an image; it must be 1 (grey) or 3 (RGB).")
-    if channels == 3 and pixels.ndim == 2:
-        return np.repeat(pixels[:, :, None], 3, axis=2)
-    if channels == 1 and pixels.ndim == 3:
-        return ((pixels @ _LUMA + 500) // 1000).astype(pixels.dtype)
-    return pixels
+    if channels == 3 or pixels.ndim == 2:
+        return pixels
+    height, width = pixels.shape[:2]
+    grey = np.empty((height, width), pixels.dtype)
+    for rows in strips_of(height, width):
+        grey[rows] = (pixels[rows] @ _LUMA + 500) // 1000
+    return grey

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from edge.settings import load_settings
 from firmware_sim.broker import Broker, free_port
 from splitward.errors import ConfigError
 from tests.integration.cloud_double import cloud_at, configure, read_answers, running
+from tests.unit.edge.test_edge_capture import receiving, wait_for
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'splitward[dicom]'")
 
@@ -42,8 +42,10 @@ def make_dicom(number: int, frames: int = 1) -> Any:
     return dataset
 
 
-def send(port: int, datasets: list[Any], title: str = "SPLITWARD", caller: str = "PACS") -> list[int] | None:
-    """Statuses of C-STORE requests; None when no association comes about."""
+def send(
+    port: int, datasets: list[Any], title: str = "SPLITWARD", caller: str = "PACS", answered: bool = True
+) -> list[int] | None:
+    """Statuses of C-STORE requests; None when no association comes about. Not `answered`: those with a status."""
     from pynetdicom import AE
     from pynetdicom.sop_class import SecondaryCaptureImageStorage
 
@@ -53,9 +55,34 @@ def send(port: int, datasets: list[Any], title: str = "SPLITWARD", caller: str =
     if not association.is_established:
         return None
     try:
-        return [int(association.send_c_store(dataset).Status) for dataset in datasets]
+        answers = [association.send_c_store(dataset) for dataset in datasets]
+        return [int(answer.Status) for answer in answers if answered or "Status" in answer]
     finally:
         association.release()
+
+
+def break_off(port: int, dataset: Any) -> int:
+    """Send the first part of an object and close the connection; the bytes sent."""
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import SecondaryCaptureImageStorage
+
+    dataset.Rows = dataset.Columns = 1024
+    dataset.PixelData = bytes(1024 * 1024)
+    sent = []
+
+    def cut(event: Any) -> None:
+        sent.append(len(event.data))
+        if len(sent) == 8:
+            event.assoc.dul.socket.socket.close()
+
+    entity = AE(ae_title="PACS")
+    entity.dimse_timeout = 1.0
+    entity.add_requested_context(SecondaryCaptureImageStorage)
+    association = entity.associate(
+        "127.0.0.1", port, ae_title="SPLITWARD", evt_handlers=[(evt.EVT_DATA_SENT, cut)]
+    )
+    association.send_c_store(dataset)
+    return sum(sent)
 
 
 def receiver(tmp_path: Path, broker: Broker, tiny: Any, **more: Any) -> tuple[EdgeConfig, int]:
@@ -71,21 +98,37 @@ def receiver(tmp_path: Path, broker: Broker, tiny: Any, **more: Any) -> tuple[Ed
 def test_what_is_sent_by_dicom_is_answered_and_sorted(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
 ) -> None:
-    config, port = receiver(tmp_path, mosquitto, tiny_bundle)
+    config, port = receiver(tmp_path, mosquitto, tiny_bundle, keep_done_s=3600.0)
     with cloud_at(mosquitto) as cloud, running(config):
         cloud.wait(lambda: any(one.runtime for one in cloud.statuses.get("device-1", [])))
         assert send(port, [make_dicom(1), make_dicom(2, frames=3), make_dicom(1)]) == [0, 0, 0]
         assert send(port, [make_dicom(3)], title="OTHER") is None
         assert send(port, [make_dicom(3)], caller="STRANGER") is None
-        cloud.wait(lambda: len(cloud.answers) == 4)
+        wait_for(lambda: len(read_answers(tmp_path)) == 4)
+        assert send(port, [make_dicom(2, frames=3), make_dicom(4)]) == [0, 0], "the first association broke"
+        wait_for(lambda: len(read_answers(tmp_path)) == 5)
         done = tmp_path / "received" / "done"
-        deadline = threading.Event()
-        for _ in range(200):
-            if done.is_dir() and len(list(done.iterdir())) == 2 and len(read_answers(tmp_path)) == 4:
-                break
-            deadline.wait(0.05)
-    assert sorted(path.name for path in done.iterdir()) == ["1.2.826.0.1.1.dcm", "1.2.826.0.1.2.dcm"]
-    assert len(read_answers(tmp_path)) == 4
+        wait_for(lambda: len(list(done.iterdir())) == 3)
+        assert break_off(port, make_dicom(5)) > 0
+        wait_for(lambda: not list((tmp_path / "received" / ".incoming").iterdir()))
+    names = [path.name.partition("-")[0] for path in done.iterdir()]
+    assert sorted(names) == ["1.2.826.0.1.1", "1.2.826.0.1.2", "1.2.826.0.1.4"]
+    assert len(cloud.answers) == 5, "an object that was sent twice is one frame"
+
+
+def test_an_object_that_is_too_large_is_refused_as_it_comes(tmp_path: Path, monkeypatch: Any) -> None:
+    from edge import receiver as module
+
+    monkeypatch.setattr(module, "MAX_OBJECT_BYTES", 1 << 20)
+    large = make_dicom(1)
+    large.Rows = large.Columns = 2048
+    large.PixelData = bytes(2048 * 2048)
+    port = free_port()
+    with receiving(tmp_path, listen=f"127.0.0.1:{port}") as source:
+        assert send(port, [large], answered=False) == []
+        assert send(port, [make_dicom(2)]) == [0]
+        assert source._server.ae.maximum_associations == 4
+    assert [path.name.partition("-")[0] for path in tmp_path.rglob("*.dcm")] == ["1.2.826.0.1.2"]
 
 
 def test_a_receiver_refuses_what_would_fill_the_disk(

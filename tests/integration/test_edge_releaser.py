@@ -111,6 +111,24 @@ def test_a_frame_that_hangs_the_runtime_is_set_aside_and_the_others_go_on(
     assert not list(images.glob("*.png"))
 
 
+def test_a_frame_that_ends_the_releaser_is_set_aside_though_the_agent_ends_with_it(
+    tmp_path: Path, mosquitto: Broker, hanging_bundle: Any
+) -> None:
+    runtime = RuntimeConfig(deadline_s=0.5, restarts=0)
+    config = configure(tmp_path, mosquitto, hanging_bundle, 1, runtime=runtime)
+    images = tmp_path / "images"
+    write_images(images, 4, white=1)
+    config = msgspec.structs.replace(config, capture=CaptureConfig(kind="folder", path=str(images), sort=True))
+    with cloud_at(mosquitto):
+        for _ in range(2):
+            with pytest.raises(ReleaserError):
+                run_agent(config, until_answered=True)
+        report = run_agent(config, until_answered=True)
+    assert report.dropped == {"crashed": 1}
+    assert sorted(read_answers(tmp_path)) == ["00.png", "02.png", "03.png"]
+    assert (images / "failed" / "01.png").exists()
+
+
 def test_a_releaser_that_keeps_dying_ends_the_agent_for_its_supervisor(
     tmp_path: Path, mosquitto: Broker, hanging_bundle: Any
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from edge.recording import read_recording
 from firmware_sim.broker import free_port
 from splitward.imaging.inputs import to_frame
 from splitward.wire.bundle import InputSpec
+from tests.unit.imaging.test_imaging_dicom import write_dicom
 
 BLACK = np.zeros((8, 8), np.uint8)
 
@@ -44,6 +46,7 @@ class Setting:
     def __init__(self, known: frozenset[int] = frozenset(), poison: tuple[str, ...] = ()) -> None:
         self.stop = threading.Event()
         self.lost: list[str] = []
+        self.digests: list[int | None] = []
         self.admitted = 0
         self.superseded = 0
         self._known = Digests(np.array(sorted(known), np.int64).tobytes())
@@ -59,13 +62,17 @@ class Setting:
                 admit=self._admit,
                 give_back=self._give_back,
                 open=lambda name: contextlib.nullcontext(),
-                lose=lambda reason, digest: self.lost.append(reason),
+                lose=self._lose,
                 supersede=self._supersede,
             )
         )
 
     def frames(self, **config: Any) -> list[Frame]:
         return list(self.open(**config))
+
+    def _lose(self, reason: str, digest: int | None, _name: str) -> None:
+        self.lost.append(reason)
+        self.digests.append(digest)
 
     def _admit(self) -> bool:
         self.admitted += 1
@@ -223,23 +230,54 @@ def test_dicom_files_give_each_of_their_frames(tmp_path: Path) -> None:
     assert [frame.name for frame in Setting(known).frames(**config)] == ["one.dcm", "three.dcm#2"]
 
 
+def test_dicom_files_of_media_have_no_suffix(tmp_path: Path) -> None:
+    for name in ("DICOM/IM000001", "DICOM/1.2.840.5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_dicom(tmp_path / name, BLACK)
+    (tmp_path / "README").write_text("no DICOM")
+    (tmp_path / "empty").write_bytes(b"")
+    setting = Setting()
+    frames = setting.frames(kind="dicom", path=str(tmp_path))
+    assert [frame.name for frame in frames] == ["DICOM/1.2.840.5", "DICOM/IM000001"]
+    assert setting.lost == []
+    assert Setting().frames(kind="folder", path=str(tmp_path)) == []
+
+
+def test_what_is_being_received_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / ".incoming").mkdir()
+    write_dicom(tmp_path / ".incoming" / "tmp1.dcm", BLACK)
+    assert Setting().frames(kind="dicom", path=str(tmp_path)) == []
+
+
 @contextlib.contextmanager
-def receiving(folder: Path) -> Iterator[ReceiverSource]:
+def receiving(folder: Path, setting: Setting | None = None, **config: Any) -> Iterator[ReceiverSource]:
     pytest.importorskip("pynetdicom", reason="pynetdicom is not installed: pip install 'splitward[dicom]'")
-    source = Setting().open(
-        kind="receiver", path=str(folder), listen=f"127.0.0.1:{free_port()}", min_free_bytes=0
-    )
+    config = {
+        "kind": "receiver",
+        "path": str(folder),
+        "listen": f"127.0.0.1:{free_port()}",
+        "min_free_bytes": 0,
+    } | config
+    source = (setting or Setting()).open(**config)
     assert isinstance(source, ReceiverSource)
     try:
         yield source
     finally:
-        source._server.shutdown()
+        if source._server in source._server.ae._servers:  # else its iterator has ended
+            source._server.shutdown()
+        tempfile.tempdir = None
 
 
 def store(source: ReceiverSource, data: bytes) -> int:
     """The answer to a request to store `data` as the object 1.2.3."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(data)
     request = SimpleNamespace(AffectedSOPInstanceUID="1.2.3")
-    return source._store(SimpleNamespace(request=request, encoded_dataset=lambda: data))
+    return source._store(SimpleNamespace(request=request, dataset_path=Path(file.name)))
+
+
+def dicom_bytes(tmp_path: Path, value: int = 0) -> bytes:
+    return write_dicom(tmp_path / "written", np.full((8, 8), value, np.uint8)).read_bytes()
 
 
 def test_a_received_object_has_its_name_on_the_disk_before_it_is_answered(
@@ -250,12 +288,12 @@ def test_a_received_object_has_its_name_on_the_disk_before_it_is_answered(
     def fsync(descriptor: int) -> None:
         real(descriptor)
         at = Path(f"/proc/self/fd/{descriptor}").resolve()
-        flushed.append((at.is_dir(), sorted(path.name for path in tmp_path.glob("*.dcm"))))
+        flushed.append((at.is_dir(), len(list(tmp_path.glob("1.2.3-*.dcm")))))
 
     monkeypatch.setattr(os, "fsync", fsync)
     with receiving(tmp_path) as source:
         assert store(source, b"object") == SUCCESS
-    assert flushed == [(False, []), (True, ["1.2.3.dcm"])], "the object, and then its name in the folder"
+    assert flushed == [(False, 0), (True, 1)], "the object, and then its name in the folder"
 
 
 def test_two_that_send_the_same_object_at_once_are_both_answered(tmp_path: Path, monkeypatch: Any) -> None:
@@ -269,10 +307,95 @@ def test_two_that_send_the_same_object_at_once_are_both_answered(tmp_path: Path,
 
     monkeypatch.setattr(os, "fsync", fsync)
     with receiving(tmp_path) as source, ThreadPoolExecutor() as pool:
-        answers = pool.map(lambda data: store(source, data), (b"a" * 999, b"b" * 999))
-        assert list(answers) == [SUCCESS, SUCCESS]
-    assert (tmp_path / "1.2.3.dcm").read_bytes() in (b"a" * 999, b"b" * 999)
+        for objects, files in (((b"a" * 999, b"a" * 999), 1), ((b"a" * 999, b"b" * 999), 2)):
+            assert list(pool.map(lambda data: store(source, data), objects)) == [SUCCESS, SUCCESS]
+            assert len(list(tmp_path.glob("1.2.3-*.dcm"))) == files
     assert not list((tmp_path / ".incoming").iterdir())
+
+
+@contextlib.contextmanager
+def reading(source: Source, setting: Setting) -> Iterator[list[Frame]]:
+    """Within, somebody takes the frames of `source`."""
+    seen: list[Frame] = []
+    reader = threading.Thread(target=lambda: seen.extend(source))
+    reader.start()
+    try:
+        yield seen
+    finally:
+        setting.stop.set()
+        reader.join()
+
+
+def test_an_object_that_is_sent_again_is_no_second_frame(tmp_path: Path) -> None:
+    folder, setting = tmp_path / "received", Setting()
+    first, other = dicom_bytes(tmp_path, 1), dicom_bytes(tmp_path, 2)
+    with receiving(folder, setting) as source, reading(source, setting) as seen:
+        assert store(source, first) == SUCCESS
+        wait_for(lambda: len(seen) == 1)
+        (path,) = folder.glob("*.dcm")
+        state = path.stat()
+        assert store(source, first) == SUCCESS
+        assert path.stat() == state, "it waits to be safe, as before"
+        assert seen[0].settle is not None
+        seen[0].settle()
+        assert not list(folder.rglob("*.dcm")), "no raw image is kept"
+        assert store(source, first) == SUCCESS
+        wait_for(lambda: not path.exists())
+        assert store(source, other) == SUCCESS, "the same UID, and other bytes"
+        wait_for(lambda: len(seen) == 2)
+    assert seen[0].name == path.name != seen[1].name
+    assert seen[0].digest is not None
+    again = Setting(frozenset([seen[0].digest]))
+    with receiving(folder, again) as source, reading(source, again) as later:  # the other was not safe yet
+        assert store(source, first) == SUCCESS
+        wait_for(lambda: not path.exists() and len(later) == 1)
+    assert later[0].name == seen[1].name
+
+
+def test_a_receiver_takes_the_transfer_syntaxes_that_are_read(tmp_path: Path) -> None:
+    from pydicom.uid import (
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRLittleEndian,
+        JPEG2000Lossless,
+        RLELossless,
+    )
+
+    with receiving(tmp_path) as source:
+        entity = source._server.ae
+        (image,) = [
+            one for one in entity.supported_contexts if one.abstract_syntax == "1.2.840.10008.5.1.4.1.1.1.2"
+        ]
+    assert {ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless} <= set(image.transfer_syntax)
+    assert DeflatedExplicitVRLittleEndian not in image.transfer_syntax
+
+
+def test_a_receiver_whose_folder_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(CaptureError, match=r"file/received.*capture\.path"),
+        receiving(tmp_path / "file" / "received"),
+    ):
+        pass
+
+
+def test_sorted_files_are_kept_for_as_long_as_is_set(tmp_path: Path) -> None:
+    config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
+    for folder in ("done/sub", "failed"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "old.png").write_bytes(b"")
+    Setting().frames(**config)
+    Setting().frames(**config, keep_done_s=3600.0, keep_failed_s=3600.0)
+    assert len(list(tmp_path.rglob("old.png"))) == 2
+    Setting().frames(**config, keep_done_s=0.0)
+    assert [path.parent.name for path in tmp_path.rglob("old.png")] == ["failed"]
+    for name in ("a.png", "b.png"):
+        Image.fromarray(BLACK).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    (frame,) = Setting().frames(**config, keep_done_s=0.0, keep_failed_s=0.0)
+    assert (tmp_path / "a.png").exists(), "it is not safe yet"
+    assert frame.settle is not None
+    frame.settle()
+    assert not list(tmp_path.rglob("*.png*"))
 
 
 @pytest.mark.parametrize(
@@ -399,3 +522,6 @@ def test_a_video_gives_each_frame_once(tmp_path: Path) -> None:
     setting = Setting()
     assert setting.frames(kind="video", path=str(tmp_path / "bad.avi")) == []
     assert setting.lost == ["unreadable"]
+    again = Setting(frozenset(one for one in setting.digests if one is not None))
+    assert again.frames(kind="video", path=str(tmp_path / "bad.avi")) == []
+    assert again.lost == [], "it is counted once"

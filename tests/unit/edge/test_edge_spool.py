@@ -127,6 +127,33 @@ def test_nothing_is_published_before_it_is_committed_unless_memory_is_asked_for(
             assert published(spool) == [0][len(expected) :]
 
 
+def test_the_oldest_digests_are_forgotten_while_the_agent_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("edge.spool.REMEMBERED", 5)
+    with opened(tmp_path / "spool") as spool:
+        for digest in range(20):
+            add(spool, entry(digest), digest=digest)
+        assert digests(spool) == set(range(15, 20))
+
+
+def test_strikes_survive_a_restart_until_the_frame_is_taken_or_given_up(tmp_path: Path) -> None:
+    with opened(tmp_path / "spool") as spool:
+        for name in ("a", "a", "b#1", "frame-0"):
+            spool.strike(name)
+        assert spool.urgent
+        spool.commit()
+    with opened(tmp_path / "spool") as spool:
+        assert spool.strikes == {"a": 2, "b#1": 1, "frame-0": 1}
+        add(spool, entry(0))
+        spool.forgive("b")  # the file of that frame
+        spool.commit()
+    with opened(tmp_path / "spool") as spool:
+        assert spool.strikes == {"a": 2}
+        for number in range(1000):
+            spool.strike(f"c{number}")
+        assert len(spool.strikes) == 256, "those that were struck last"
+        spool.commit()
+
+
 def test_a_frame_that_is_answered_in_memory_never_touches_the_disk(tmp_path: Path) -> None:
     with opened(tmp_path / "spool", SpoolConfig(mode="memory")) as spool:
         spool.add(entry(0), 1)

@@ -92,6 +92,21 @@ def test_check_says_what_is_wrong_and_fails(
     assert main(["check", "--config", str(settings), "--quick"]) == 0
 
 
+def test_check_looks_at_a_receivers_folder(
+    settings: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__KIND", "receiver")
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__PATH", str(tmp_path / "new" / "received"))
+    monkeypatch.setenv("SPLITWARD_EDGE__BROKER__PORT", "1")
+    main(["check", "--config", str(settings), "--json"])
+    found = {one["name"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert found["source"] == "ok"
+    (tmp_path / "new").write_bytes(b"")
+    main(["check", "--config", str(settings), "--json"])
+    found = {one["name"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert found["source"] == "fail"
+
+
 def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -> None:
     assert main(["bench", "--config", str(settings), "--frames", "30", "--json", "--choose"]) == 0
     said = capsys.readouterr()
@@ -233,6 +248,7 @@ def test_the_units_are_hardened_and_start_the_agent() -> None:
     for unit in UNITS.glob("*.service"):
         assert "\nLimitCORE=0\n" in unit.read_text(), unit.name
     assert int(service["WatchdogSec"]) > 0
+    assert service["OOMPolicy"] == "continue", "the agent would end with a releaser that runs out of memory"
     if shutil.which("systemd-analyze"):  # what else would read them is not on every machine
         done = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", str(UNITS / "splitward-edge.service")],

@@ -1,24 +1,28 @@
 from __future__ import annotations
 
+import io
 import logging
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402 - after the skip
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 - after the skip
+from pydicom.encaps import encapsulate  # noqa: E402 - after the skip
 from pydicom.uid import (  # noqa: E402 - ditto
     ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
     RLELossless,
     SecondaryCaptureImageStorage,
     generate_uid,
 )
 
 from splitward.errors import DataError  # noqa: E402 - after the skip
-from splitward.imaging.dicom import is_dicom, read_dicom  # noqa: E402 - after the skip
+from splitward.imaging.dicom import is_dicom, iter_dicom, read_dicom  # noqa: E402 - after the skip
 
 WHITE = 65535
 
@@ -245,6 +249,38 @@ def test_compressed_frames_are_unpacked_one_at_a_time(tmp_path):
         for one, other in zip(read_dicom(path), read_dicom(packed), strict=True)
     )
     assert peak_bytes(packed) < 1.5 * stored.nbytes
+
+
+def test_a_compressed_frame_is_no_larger_than_its_file_says(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((8, 8), np.uint8))
+    bomb = io.BytesIO()
+    Image.new("L", (5000, 5000)).save(bomb, "JPEG")
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    dataset.PixelData = encapsulate([bomb.getvalue()])
+    dataset.save_as(path)
+    usual = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match="exceeds limit"):
+        read_dicom(path)
+    assert usual == Image.MAX_IMAGE_PIXELS
+
+
+def test_an_attribute_that_nobody_asks_for_is_left_in_the_file(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((8, 8), np.uint8), EncapsulatedDocument=bytes(20 << 20))
+    assert peak_bytes(path) < 8 << 20
+
+
+def test_frames_before_one_that_cannot_be_read_are_given(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((2, 8, 8), np.uint8), NumberOfFrames=2)
+    dataset = pydicom.dcmread(path)
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.NumberOfFrames = 3
+    dataset.save_as(path)
+    frames = iter_dicom(path)
+    assert next(frames).count == 3
+    assert next(frames).index == 1
+    with pytest.raises(DataError, match="cannot be decoded"):
+        next(frames)
 
 
 def test_every_frame_is_stretched_on_its_own(tmp_path):
