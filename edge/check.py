@@ -202,6 +202,8 @@ def _try_source(source: CaptureConfig) -> str:
         return try_camera(source.camera)
     if source.kind == "receiver":
         host, _, port = source.listen.rpartition(":")
+        if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+            raise EdgeError(f"{source.listen!r}: is not HOST:PORT. Set `capture.listen`.")
         with socket.socket() as probe_socket:
             taken = probe_socket.connect_ex((host, int(port))) == 0
         existing = next(one for one in (path, *path.resolve().parents) if one.exists())

@@ -137,9 +137,7 @@ class ReceiverSource:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
             target = self._path / f"{uid}-{digest}.dcm"
             with self._storing:
-                if (
-                    not target.exists()
-                ):  # else it waits for its turn already, and is not to be younger than it was
+                if not target.exists():  # else it waits for its turn, and is not to be younger than it was
                     move_whole(partial, target)
         except OSError as error:
             log.error("a DICOM object is refused: %s", error.strerror)

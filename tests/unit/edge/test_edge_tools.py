@@ -105,6 +105,9 @@ def test_check_looks_at_a_receivers_folder(
     main(["check", "--config", str(settings), "--json"])
     found = {one["name"]: one["state"] for one in json.loads(capsys.readouterr().out)}
     assert found["source"] == "fail"
+    monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__LISTEN", "here")
+    main(["check", "--config", str(settings)])
+    assert "'here': is not HOST:PORT. Set `capture.listen`." in capsys.readouterr().out
 
 
 def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -> None:
