@@ -20,12 +20,10 @@ unguarded one.
 What it cannot see: a server whose gradients depend on the labels as the task's do, such as one that answers with
 the task's own gradient while it is watched. One that adds the task's gradient to its own is seen late, and where the
 client half is undefended too late (`splitward.audit.hijack_trial`). One that hijacks by the frames of a single class,
-and pulls each other class a fixed way, is not seen at all: on MNIST it reads an undefended client half with an SSIM
-of 0.79 after 200 batches (the class mean has 0.30); against `sealed` it gains nothing (0.16). No threshold on lengths
-would tell it from an honest server: the others' gradients need not be under a tenth of that one's, and in honest
-trainings the mean lengths of two classes differ by up to 20 within a window, as one is learned before the other. Only
-a server that sends the other classes nothing is found out. Where a site has one class alone, there is nothing to
-compare.
+and pulls each other class a fixed way, is not seen at all, and reads an undefended client half; against `sealed` it
+gains nothing (`by_one_class` in docs/results/hijack*.json). No threshold on lengths would tell it from an honest server:
+the others' gradients need not be under a tenth of that one's, and in honest trainings two classes come to differ by more,
+as one is learned before the other. Where a site has one class alone, there is nothing to compare.
 
 numpy only: a device has no torch.
 """
