@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from paho.mqtt.client import Client as Mqtt
@@ -39,7 +40,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Broker:
-    """Where the broker is, and who asks; `ca`, `cert` and `key` are PEM files for mutual TLS."""
+    """Where the broker is, and who asks.
+
+    `ca`, `cert` and `key` are PEM files for mutual TLS. Without `ca` nothing is encrypted; `cert` and `key` are a
+    `TrainingError` then, and either without the other.
+    """
 
     host: str = "127.0.0.1"
     port: int = 1883
@@ -48,6 +53,14 @@ class Broker:
     key: str | None = None
     username: str | None = None
     password: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise TrainingError("broker: --cert and --key go together. Give both, or neither.")
+        if self.cert is not None and self.ca is None:
+            raise TrainingError(
+                "broker: --cert and --key without --ca would not encrypt anything. Give --ca, too."
+            )
 
 
 def run_client(client: Client, site: str, broker: Broker, stop: threading.Event | None = None) -> None:
@@ -143,6 +156,8 @@ class _Link:
             self._client.username_pw_set(broker.username, broker.password)
         if broker.ca is not None:
             try:
+                for path in filter(None, (broker.ca, broker.cert, broker.key)):
+                    Path(path).read_bytes()  # ssl does not say which one is missing
                 context = ssl.create_default_context(cafile=broker.ca)
                 if broker.cert is not None:
                     context.load_cert_chain(broker.cert, broker.key)
