@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from paho.mqtt.client import Client as Mqtt
+from paho.mqtt.client import MQTTMessageInfo
 
 from export.exporter import export_run
 from firmware_sim.broker import Broker as SimulatedBroker
@@ -101,6 +103,39 @@ def test_a_broker_that_is_away_or_none_is_said(caplog: pytest.LogCaptureFixture)
         hanging_up = threading.Thread(target=lambda: other.accept()[0].close(), daemon=True)
         hanging_up.start()
         serve(other.getsockname()[1], "the connection has ended")
+
+
+def test_a_request_waits_once_while_the_broker_is_away_and_is_asked_again_when_it_was_lost(
+    mosquitto: SimulatedBroker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitward.training.remote.carrier.TICK_S", 0.01)
+    monkeypatch.setattr("splitward.training.remote.carrier.RETRY_S", 0.01)
+    published: list[MQTTMessageInfo] = []
+    publish = Mqtt.publish
+
+    def counted(self: Mqtt, *arguments: Any, **options: Any) -> MQTTMessageInfo:
+        published.append(publish(self, *arguments, **options))
+        return published[-1]
+
+    monkeypatch.setattr(Mqtt, "publish", counted)
+    dataset = phantom.load("mass", 28, seed=0, count=60)
+    settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
+    client = Client("site-0", TRAINING, dataset.train, settings.split, guard=None)
+    broker, due_s = Broker(mosquitto.host, mosquitto.port), time.monotonic() + JOIN_S
+    mosquitto.stop()
+    going = threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True)
+    going.start()
+    while caplog.text.count("cannot be reached") < 2 and time.monotonic() < due_s:
+        going.join(0.02)
+    assert len(published) == 1
+    mosquitto.start()
+    while len(published) < 3 and time.monotonic() < due_s:  # the broker had it, and nobody was there to answer
+        going.join(0.02)
+    assert published[0]._published
+    run_server({TRAINING: Server(Plan(settings), TRAINING)}, broker)
+    going.join(JOIN_S)
+    assert not going.is_alive()
+    assert client.course.server_half is not None
 
 
 def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -> None:

@@ -79,8 +79,8 @@ def run_client(client: Client, site: str, broker: Broker, stop: threading.Event 
             link.publish(where, client.request)
             client.meanwhile()  # while the answer is on its way
             due_s = time.monotonic() + RETRY_S
-            while not stop.is_set() and (left_s := due_s - time.monotonic()) > 0:
-                message = link.take(min(left_s, TICK_S))
+            while not stop.is_set() and (link.pending or time.monotonic() < due_s):
+                message = link.take(TICK_S)
                 if message is not None and client.take(bytes(message.payload)):
                     break
     finally:
@@ -149,6 +149,7 @@ class _Link:
     def __init__(self, broker: Broker, client_id: str, topic: str) -> None:
         self._arrived: queue.SimpleQueue[MQTTMessage] = queue.SimpleQueue()
         self._topic = topic
+        self._published = self._acknowledged = 0
         self._client = Mqtt(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.reconnect_delay_set(1, 10)
         self._client.on_socket_open = _send_at_once
@@ -174,6 +175,7 @@ class _Link:
             if code.is_failure
             else None
         )
+        self._client.on_publish = self._acknowledge
         self._client.on_message = lambda _client, _data, message: self._arrived.put(message)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         properties.MaximumPacketSize = MAX_PACKET_BYTES
@@ -182,7 +184,14 @@ class _Link:
 
     def publish(self, topic: str, message: bytes) -> None:
         """Send, or have it sent when the connection is back; the state machines bear what comes twice."""
+        self._published += 1
         self._last = self._client.publish(topic, message, qos=1)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the broker lacks a message: it is kept, and sent again at each connection, until it is there."""
+        # Not the message's own `is_published`: of one that was published without a connection it never says so.
+        return self._acknowledged < self._published
 
     def take(self, wait_s: float) -> MQTTMessage | None:
         """The next message; None when none comes in time."""
@@ -202,6 +211,9 @@ class _Link:
         """Disconnect."""
         self._client.disconnect()
         self._client.loop_stop()
+
+    def _acknowledge(self, _client: Mqtt, _data: Any, _id: int, _code: Any, _properties: Any) -> None:
+        self._acknowledged += 1
 
     def _subscribe(self, client: Mqtt, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         if code.is_failure:
