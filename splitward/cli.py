@@ -221,7 +221,7 @@ def _add_broker_options(parser: argparse.ArgumentParser) -> None:
 def _broker_of(arguments: argparse.Namespace) -> Any:
     from splitward.training.remote.carrier import Broker
 
-    broker = arguments.broker or DEFAULT_BROKER
+    broker = DEFAULT_BROKER if arguments.broker is None else arguments.broker
     host, _, port = broker.rpartition(":")
     try:
         host.encode("idna")  # as the connection will, in a thread of its own
@@ -265,7 +265,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from splitward.training.loop import train
 
     if arguments.over is None:
-        idle = [f"--{name.replace('_', '-')}" for name in OVER if getattr(arguments, name)]
+        idle = [f"--{name.replace('_', '-')}" for name in OVER if getattr(arguments, name) not in (None, False, [])]
         if idle:
             raise SplitwardError(
                 f"{', '.join(idle)}: only with --over mqtt. Give that, or train alone without."

@@ -148,6 +148,30 @@ def whole_network(client: Client) -> SplitNetwork:
     return network.eval()
 
 
+def open_training(plan: Plan, folder: Path) -> bytes:
+    """The id of the training of `plan` that `folder` holds, or of a new one there: 16 bytes.
+
+    Raises
+    ------
+    TrainingError
+        The folder holds a training with another plan, or one that cannot be read.
+    """
+    card = folder / "training.json"
+    if card.exists():
+        try:
+            kept = json.loads(card.read_bytes())
+            begun, training = Plan.from_dict(kept["plan"]), bytes.fromhex(kept["training"])
+        except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
+            raise TrainingError(f"{card}: cannot be used: {error!r}. Give another --out.") from error
+        if begun.digest != plan.digest:
+            raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
+        return training
+    training = secrets.token_bytes(16)
+    about = {"training": training.hex(), "plan": plan.to_dict()}
+    write_atomically(card, json.dumps(about, indent=2) + "\n")
+    return training
+
+
 def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], object]) -> None:
     """Be the cloud's side of one training until every site has what it came for; called again, go on.
 
@@ -163,22 +187,9 @@ def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], o
     Raises
     ------
     TrainingError
-        The folder holds a training with another plan, or the training has failed.
+        As `open_training`, or the training has failed.
     """
-    card = folder / "training.json"
-    if card.exists():
-        try:
-            kept = json.loads(card.read_bytes())
-            begun, training = Plan.from_dict(kept["plan"]), bytes.fromhex(kept["training"])
-        except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
-            raise TrainingError(f"{card}: cannot be used: {error!r}. Give another --out.") from error
-        if begun.digest != plan.digest:
-            raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        training = secrets.token_bytes(16)
-        about = {"training": training.hex(), "plan": plan.to_dict()}
-        write_atomically(card, json.dumps(about, indent=2) + "\n")
+    training = open_training(plan, folder)
     told(training.hex())
     server = Server(plan, training, folder / "journal")
     try:
