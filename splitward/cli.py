@@ -265,7 +265,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from splitward.training.loop import train
 
     if arguments.over is None:
-        idle = [f"--{name.replace('_', '-')}" for name in OVER if getattr(arguments, name) not in (None, False, [])]
+        idle = [
+            f"--{name.replace('_', '-')}" for name in OVER if getattr(arguments, name) not in (None, False, [])
+        ]
         if idle:
             raise SplitwardError(
                 f"{', '.join(idle)}: only with --over mqtt. Give that, or train alone without."
