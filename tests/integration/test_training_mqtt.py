@@ -40,6 +40,7 @@ from splitward.wire.bundle import create_signing_key
 
 TRAINING = bytes(range(16))
 JOIN_S = 240.0
+ANSWERING = "splitward.training.remote.site.ANSWERING_S"
 
 
 @pytest.fixture(autouse=True)
@@ -198,11 +199,15 @@ def test_a_cloud_that_was_started_again_leaves_a_silent_site_out(
 def test_a_site_that_lost_the_last_answer_is_told_when_the_coordinator_is_started_again(
     tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 6.0)
+    monkeypatch.setattr(ANSWERING, JOIN_S)
     dataset = phantom.load("mass", 28, seed=0, count=60)
     settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
     plan, broker = Plan(settings), Broker(mosquitto.host, mosquitto.port)
     asking: list[threading.Thread] = []
+
+    def ask_again(client: Client) -> None:
+        run_client(client, "ward", broker)
+        monkeypatch.setattr(ANSWERING, 0.0)  # nobody is left to ask
 
     def go_through_it(training: str) -> None:
         client = Client("site-0", bytes.fromhex(training), dataset.train, settings.split, guard=None)
@@ -212,18 +217,18 @@ def test_a_site_that_lost_the_last_answer_is_told_when_the_coordinator_is_starte
             if not server.finished:
                 client.take(answer)
         server.close()
-        asking.append(threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True))
+        asking.append(threading.Thread(target=ask_again, args=(client,), daemon=True))
         asking[0].start()
 
     coordinate(plan, tmp_path, broker, go_through_it)
-    asking[0].join(2.0)
+    asking[0].join(JOIN_S)
     assert not asking[0].is_alive()
 
 
 def test_a_training_that_diverges_ends_and_every_site_is_told(
     tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 3.0)
+    monkeypatch.setattr(ANSWERING, JOIN_S)
     steps = []
 
     def take(trainer: ServerTrainer, sent: Exchange) -> Taken:
@@ -243,6 +248,8 @@ def test_a_training_that_diverges_ends_and_every_site_is_told(
             run_client(client, "ward", broker)
         except TrainingError as error:
             said.append(str(error))
+            if len(said) == 2:
+                monkeypatch.setattr(ANSWERING, 0.0)  # nobody is left to tell
 
     sites: list[threading.Thread] = []
 
