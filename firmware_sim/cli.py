@@ -20,7 +20,7 @@ from splitward.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when nothing was lost and nothing came twice, else 1; 2 after an error."""
+    """Run the command line; 0 when nothing was lost or came twice, else 1; 2 after an error, 130 interrupted."""
     options = vars(_parser().parse_args(arguments))
     run = options.pop("run")
     try:
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SplitwardError, OSError) as error:
         print(f"firmware_sim: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("firmware_sim: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _fleet(options: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,10 +26,13 @@ from firmware_sim.broker import Broker, start_broker
 from firmware_sim.errors import ScenarioError
 from firmware_sim.proxy import FaultProxy, Toxics
 from firmware_sim.scenario import TOXIC, Event, Kind, Scenario, plan, toxics_of
+from splitward.errors import SplitwardError
 
 BLOWS: frozenset[Kind] = TOXIC | {"kill_agent", "kill_cloud", "kill_broker", "cut"}
 RESTART_S = 0.5
 TICK_S = 0.1
+REFUSED = 2
+"""Exit status of a process that has explained an error: another start would end the same way."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,13 @@ class _Kept:
 
     def supervise(self, now_s: float) -> None:
         if self._process is not None and self._process.exitcode is not None:
+            if self._process.exitcode == REFUSED:
+                raise ScenarioError("a process of the training has ended with the error above.")
             self.done = self._process.exitcode == 0
             self._process, self._due_s = None, max(self._due_s, now_s + RESTART_S)
         if self._process is None and not self.done and now_s >= self._due_s:
             context = multiprocessing.get_context("spawn")
-            self._process = context.Process(target=self._target, args=self._arguments)
+            self._process = context.Process(target=_explained, args=(self._target, *self._arguments))
             self._process.start()
             self.starts += 1
 
@@ -112,6 +118,17 @@ class _Kept:
         return True
 
 
+def _explained(target: Callable[..., None], *arguments: Any) -> None:
+    """Do the work of a process; an explained error is one line, an interrupt none."""
+    try:
+        target(*arguments)
+    except SplitwardError as error:
+        sys.stderr.write(f"firmware_sim: {error}\n")
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = None) -> HospitalsReport:
     """Let `scenario.devices` sites train while the scenario happens, and then until they are done.
 
@@ -123,39 +140,54 @@ def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = 
     Raises
     ------
     ScenarioError
-        The scenario holds a blow that no training can be dealt, or it was not done `heal_s` after the last one.
+        The scenario holds a blow that no training can be dealt, it was not done `heal_s` after the last one, or one of
+        its processes ended with an explained error.
+    TrainingError, DataError
+        There is no such training, or no such data for so many sites; or `folder` holds another training.
     """
+    from splitward.training.remote.site import open_training
+
     unknown = sorted({event.kind for event in plan(scenario)} - BLOWS)
     if unknown:
         raise ScenarioError(
             f"a training cannot be dealt {', '.join(unknown)}, only {', '.join(sorted(BLOWS))}."
         )
+    sites = scenario.devices
+    the_plan = _plan_of(training, sites)
+    _parts(training, sites)  # which a site could refuse only in a process of its own
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="splitward-hospitals-")))
         folder = folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        identifier = open_training(the_plan, folder / "cloud")
         broker = stack.enter_context(start_broker())
         proxy = stack.enter_context(FaultProxy(broker.port, seed=scenario.seed))
-        sites = scenario.devices
         cloud = _Kept(_coordinate, (training, sites, folder / "cloud", broker.port))
-        hospitals = [_Kept(_train, (training, sites, number, folder, proxy.port)) for number in range(sites)]
+        hospitals = [
+            _Kept(_train, (training, sites, number, identifier, folder, proxy.port)) for number in range(sites)
+        ]
         for one in (cloud, *hospitals):
             stack.callback(one.kill)
         started_s = time.monotonic()
-        course = _Course(scenario, broker, proxy, cloud, hospitals)
+        course = _Course(scenario, broker, proxy, cloud, hospitals, folder / "cloud" / "journal")
         course.run(started_s)
-        return _account(scenario, training, folder, course, time.monotonic() - started_s)
+        return _account(scenario, the_plan, identifier, folder, course, time.monotonic() - started_s)
 
 
 class _Course:
     """The scenario under way."""
 
     def __init__(
-        self, scenario: Scenario, broker: Broker, proxy: FaultProxy, cloud: _Kept, hospitals: list[_Kept]
+        self,
+        scenario: Scenario,
+        broker: Broker,
+        proxy: FaultProxy,
+        cloud: _Kept,
+        hospitals: list[_Kept],
+        journal: Path,
     ) -> None:
         self._scenario, self._broker, self._proxy = scenario, broker, proxy
-        self._cloud, self._hospitals = cloud, hospitals
+        self._cloud, self._hospitals, self._journal = cloud, hospitals, journal
         self._later: list[tuple[float, Callable[[], None]]] = []
         self.kills: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
@@ -169,7 +201,7 @@ class _Course:
         events, everyone = plan(self._scenario), (self._cloud, *self._hospitals)
         while not all(one.done for one in everyone):
             now_s = time.monotonic()
-            while events and now_s - started_s >= events[0].at_s:
+            while events and now_s - started_s >= events[0].at_s and self._reached(events[0].at_request):
                 event = events.pop(0)
                 if self._carry_out(event, now_s):
                     verb, _, what = event.kind.partition("_")
@@ -185,6 +217,11 @@ class _Course:
                     f"the training was not over {self._scenario.heal_s:.0f} s after the last blow."
                 )
             time.sleep(TICK_S)
+
+    def _reached(self, request: int) -> bool:
+        from splitward.training.remote.journal import count_messages
+
+        return not request or count_messages(self._journal) >= request
 
     def _carry_out(self, event: Event, now_s: float) -> bool:
         until_s = now_s + event.lasts_s
@@ -237,14 +274,10 @@ def _coordinate(training: Training, sites: int, folder: Path, port: int) -> None
     coordinate(_plan_of(training, sites), folder, Place(port=port), print)
 
 
-def _train(training: Training, sites: int, number: int, folder: Path, port: int) -> None:
+def _train(training: Training, sites: int, number: int, identifier: bytes, folder: Path, port: int) -> None:
     from splitward.training.remote.carrier import Broker as Place
     from splitward.training.remote.site import Membership, train_at_site
 
-    card = folder / "cloud" / "training.json"
-    while not card.exists():  # the coordinator makes the training's id
-        time.sleep(TICK_S)
-    identifier = bytes.fromhex(json.loads(card.read_text())["training"])
     dataset, parts = _parts(training, sites)
     settings = _plan_of(training, sites).run
     member = Membership("hospitals", f"site-{number}", identifier, broker=Place(port=port))
@@ -253,14 +286,12 @@ def _train(training: Training, sites: int, number: int, folder: Path, port: int)
 
 
 def _account(
-    scenario: Scenario, training: Training, folder: Path, course: _Course, wall_s: float
+    scenario: Scenario, the_plan: Any, identifier: bytes, folder: Path, course: _Course, wall_s: float
 ) -> HospitalsReport:
     from splitward.training.remote.halves import Schedule
     from splitward.training.remote.server import Server
     from splitward.training.run import open_run
 
-    the_plan = _plan_of(training, scenario.devices)
-    identifier = bytes.fromhex(json.loads((folder / "cloud" / "training.json").read_text())["training"])
     server = Server(the_plan, identifier, folder / "cloud" / "journal")
     members = server.session.members
     server.close()

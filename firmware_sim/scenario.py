@@ -41,6 +41,8 @@ class Event(Struct, frozen=True, kw_only=True):
     ----------
     at_s : float
         Seconds since the start.
+    at_request : int
+        Of hospitals: not before the coordinator has taken so many requests, however fast the machine is.
     kind : str
         See `Kind`.
     device : int
@@ -54,6 +56,7 @@ class Event(Struct, frozen=True, kw_only=True):
 
     at_s: Span
     kind: Kind
+    at_request: int = 0
     device: int = 0
     lasts_s: Span = 0.0
     value: float = 0.0

@@ -20,6 +20,9 @@ from splitward.reproduce.cli import add_reproduce
 from splitward.wire.names import NAME
 
 DEFAULT_KEY = Path("~/.config/splitward/signing.key")
+DEFAULT_BROKER = "127.0.0.1:1883"
+OVER = ("training", "site", "device", "peer", "no_guard", "broker", "ca", "cert", "key")
+"""Options of `train` that mean nothing without `--over`."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--over", choices=("mqtt",), help="take part in a training of several sites, whose plan decides"
     )
     train.add_argument("--training", type=bytes.fromhex, help="with --over: its id, from its coordinator")
-    train.add_argument("--site", default="default", help="with --over: where this is")
+    train.add_argument("--site", help="with --over: where this is (default: default)")
     train.add_argument("--device", help="with --over: name of this client, as in its certificate")
     train.add_argument(
         "--peer", action="append", default=[], help="with --over: fingerprint of another site's key"
@@ -210,7 +213,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_broker_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT")
+    parser.add_argument("--broker", metavar="HOST:PORT", help=f"default: {DEFAULT_BROKER}")
     for name, what in (("ca", "the broker's authority"), ("cert", "own certificate"), ("key", "own key")):
         parser.add_argument(f"--{name}", help=f"for mutual TLS: {what}, a PEM file")
 
@@ -218,9 +221,14 @@ def _add_broker_options(parser: argparse.ArgumentParser) -> None:
 def _broker_of(arguments: argparse.Namespace) -> Any:
     from splitward.training.remote.carrier import Broker
 
-    host, _, port = arguments.broker.rpartition(":")
+    broker = DEFAULT_BROKER if arguments.broker is None else arguments.broker
+    host, _, port = broker.rpartition(":")
+    try:
+        host.encode("idna")  # as the connection will, in a thread of its own
+    except UnicodeError as error:
+        raise SplitwardError(f"--broker {broker}: {host} is no host name ({error}). Give HOST:PORT.") from error
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65_535:
-        raise SplitwardError(f"--broker {arguments.broker}: give HOST:PORT, with a port of 1 to 65535.")
+        raise SplitwardError(f"--broker {broker}: give HOST:PORT, with a port of 1 to 65535.")
     secret = [os.environ.get(f"SPLITWARD_BROKER_{name}") for name in ("USERNAME", "PASSWORD")]
     return Broker(host, int(port), arguments.ca, arguments.cert, arguments.key, *secret)
 
@@ -256,8 +264,15 @@ def _settings_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _train(arguments: argparse.Namespace) -> int:
     from splitward.training.loop import train
 
-    dataset, settings = _settings_of(arguments)
     if arguments.over is None:
+        idle = [
+            f"--{name.replace('_', '-')}" for name in OVER if getattr(arguments, name) not in (None, False, [])
+        ]
+        if idle:
+            raise SplitwardError(
+                f"{', '.join(idle)}: only with --over mqtt. Give that, or train alone without."
+            )
+        dataset, settings = _settings_of(arguments)
         run = train(dataset, settings, arguments.out)
     else:
         from splitward.training.remote.site import Membership, train_at_site
@@ -266,13 +281,15 @@ def _train(arguments: argparse.Namespace) -> int:
             raise SplitwardError(
                 "--over mqtt needs --training and --device; `splitward coordinate` says the id."
             )
-        if not NAME.fullmatch(arguments.site):
-            raise SplitwardError(f"--site {arguments.site}: give a name that matches {NAME.pattern}.")
+        site = "default" if arguments.site is None else arguments.site
+        if not NAME.fullmatch(site):
+            raise SplitwardError(f"--site {site}: give a name that matches {NAME.pattern}.")
         who = Membership(
-            *(arguments.site, arguments.device, arguments.training, frozenset(arguments.peer)),
+            *(site, arguments.device, arguments.training, frozenset(arguments.peer)),
             guarded=not arguments.no_guard,
             broker=_broker_of(arguments),
         )
+        dataset, settings = _settings_of(arguments)
 
         def tell(fingerprint: str) -> None:
             sys.stdout.write(f"this site's key: the others may check it with --peer {fingerprint}\n")
@@ -290,6 +307,7 @@ def _coordinate(arguments: argparse.Namespace) -> int:
     from splitward.training.remote.plan import Plan
     from splitward.training.remote.site import coordinate
 
+    broker = _broker_of(arguments)
     _, settings = _settings_of(arguments)
     plan = Plan(
         *(
@@ -304,7 +322,7 @@ def _coordinate(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"training {training}: each site takes part with --over mqtt --training {training}\n")
         sys.stdout.flush()
 
-    coordinate(plan, arguments.out, _broker_of(arguments), tell)
+    coordinate(plan, arguments.out, broker, tell)
     sys.stdout.write("every site has its run\n")
     return 0
 

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from paho.mqtt.client import Client as Mqtt
+from paho.mqtt.client import MQTTMessageInfo
 
 from export.exporter import export_run
 from firmware_sim.broker import Broker as SimulatedBroker
@@ -38,6 +40,7 @@ from splitward.wire.bundle import create_signing_key
 
 TRAINING = bytes(range(16))
 JOIN_S = 240.0
+ANSWERING = "splitward.training.remote.site.ANSWERING_S"
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +106,39 @@ def test_a_broker_that_is_away_or_none_is_said(caplog: pytest.LogCaptureFixture)
         serve(other.getsockname()[1], "the connection has ended")
 
 
+def test_a_request_waits_once_while_the_broker_is_away_and_is_asked_again_when_it_was_lost(
+    mosquitto: SimulatedBroker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitward.training.remote.carrier.TICK_S", 0.01)
+    monkeypatch.setattr("splitward.training.remote.carrier.RETRY_S", 0.01)
+    published: list[MQTTMessageInfo] = []
+    publish = Mqtt.publish
+
+    def counted(self: Mqtt, *arguments: Any, **options: Any) -> MQTTMessageInfo:
+        published.append(publish(self, *arguments, **options))
+        return published[-1]
+
+    monkeypatch.setattr(Mqtt, "publish", counted)
+    dataset = phantom.load("mass", 28, seed=0, count=60)
+    settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
+    client = Client("site-0", TRAINING, dataset.train, settings.split, guard=None)
+    broker, due_s = Broker(mosquitto.host, mosquitto.port), time.monotonic() + JOIN_S
+    mosquitto.stop()
+    going = threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True)
+    going.start()
+    while caplog.text.count("cannot be reached") < 2 and time.monotonic() < due_s:
+        going.join(0.02)
+    assert len(published) == 1
+    mosquitto.start()
+    while len(published) < 3 and time.monotonic() < due_s:  # the broker had it, and nobody was there to answer
+        going.join(0.02)
+    assert published[0]._published
+    run_server({TRAINING: Server(Plan(settings), TRAINING)}, broker)
+    going.join(JOIN_S)
+    assert not going.is_alive()
+    assert client.course.server_half is not None
+
+
 def test_a_silent_site_is_left_out(tmp_path: Path, mosquitto: SimulatedBroker) -> None:
     dataset = phantom.load("mass", 28, seed=0, count=240)
     parts = partition(dataset.train, 2, least=16)
@@ -163,11 +199,15 @@ def test_a_cloud_that_was_started_again_leaves_a_silent_site_out(
 def test_a_site_that_lost_the_last_answer_is_told_when_the_coordinator_is_started_again(
     tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 6.0)
+    monkeypatch.setattr(ANSWERING, JOIN_S)
     dataset = phantom.load("mass", 28, seed=0, count=60)
     settings = RunSettings("phantom", None, 28, split_settings(dataset, "none"), epochs=1, batch=64, seed=3)
     plan, broker = Plan(settings), Broker(mosquitto.host, mosquitto.port)
     asking: list[threading.Thread] = []
+
+    def ask_again(client: Client) -> None:
+        run_client(client, "ward", broker)
+        monkeypatch.setattr(ANSWERING, 0.0)  # nobody is left to ask
 
     def go_through_it(training: str) -> None:
         client = Client("site-0", bytes.fromhex(training), dataset.train, settings.split, guard=None)
@@ -177,18 +217,18 @@ def test_a_site_that_lost_the_last_answer_is_told_when_the_coordinator_is_starte
             if not server.finished:
                 client.take(answer)
         server.close()
-        asking.append(threading.Thread(target=run_client, args=(client, "ward", broker), daemon=True))
+        asking.append(threading.Thread(target=ask_again, args=(client,), daemon=True))
         asking[0].start()
 
     coordinate(plan, tmp_path, broker, go_through_it)
-    asking[0].join(2.0)
+    asking[0].join(JOIN_S)
     assert not asking[0].is_alive()
 
 
 def test_a_training_that_diverges_ends_and_every_site_is_told(
     tmp_path: Path, mosquitto: SimulatedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitward.training.remote.site.ANSWERING_S", 3.0)
+    monkeypatch.setattr(ANSWERING, JOIN_S)
     steps = []
 
     def take(trainer: ServerTrainer, sent: Exchange) -> Taken:
@@ -208,6 +248,8 @@ def test_a_training_that_diverges_ends_and_every_site_is_told(
             run_client(client, "ward", broker)
         except TrainingError as error:
             said.append(str(error))
+            if len(said) == 2:
+                monkeypatch.setattr(ANSWERING, 0.0)  # nobody is left to tell
 
     sites: list[threading.Thread] = []
 

@@ -130,10 +130,35 @@ def test_an_output_folder_that_cannot_be_is_one_line(tmp_path, capsys, out):
     assert (tmp_path / "FILE").read_text() == "a file"
 
 
-@pytest.mark.parametrize("broker", ["host", ":1883", "host:0", "host:99999", "host:١٢"])
+@pytest.mark.parametrize("broker", ["host", ":1883", "host:0", "host:99999", "host:١٢", "a..b:1883"])
 def test_a_broker_that_cannot_be_is_refused(tmp_path, capsys, broker):
     arguments = ["coordinate", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "lead")]
-    assert "give HOST:PORT" in refused([*arguments, "--broker", broker], capsys)
+    assert "ive HOST:PORT" in refused([*arguments, "--broker", broker], capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--cert", "c.pem", "--key", "c.key"), "without --ca"),
+        (("--cert", "c.pem"), "go together"),
+        (("--ca", "ca.pem", "--key", "c.key"), "go together"),
+        (("--ca", "ca.pem", "--cert", "c.pem", "--key", "c.key"), "No such file or directory: 'ca.pem'"),
+    ],
+)
+def test_a_connection_is_never_plain_because_something_was_left_out(tmp_path, capsys, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["coordinate", "--data", "phantom", "--size", "28", "--out", "lead", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("--training", "00" * 16), ("--device", "d"), ("--peer", "p"), ("--broker", "b:1"), ("--no-guard",)],
+)
+def test_nobody_trains_alone_who_forgot_over(tmp_path, capsys, given):
+    arguments = ["train", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "run"), *given]
+    assert f"{given[0]}: only with --over mqtt" in refused(arguments, capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_site_that_is_no_name_is_refused(tmp_path, capsys):

@@ -49,3 +49,36 @@ def test_a_load_without_a_card_says_what_makes_one(refused):
 
 def test_a_fleet_without_frames_names_the_file(refused):
     assert "nope.npz" in refused("fleet", "--frames", "nope.npz", "--devices", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--sites", "0"), "with 0 clients"),
+        (("--sites", "9", "--alpha", "0.001"), "cannot be dealt out to 9 sites"),
+        (("--data", "/nope.npz"), "/nope.npz"),
+        (("--epochs", "0"), "epochs 0"),
+        (("--defence", "nope"), "nope"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_anything_starts(refused, monkeypatch, given, said):
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'splitward[train]'")
+    monkeypatch.setattr("firmware_sim.hospitals.start_broker", lambda: pytest.fail("a broker was started"))
+    assert said in refused("hospitals", "--sites", "2", "--folder", "there", *given)
+    assert not Path("there").exists()
+
+
+def test_hospitals_in_the_folder_of_another_training_are_refused(refused):
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'splitward[train]'")
+    Path("there/cloud").mkdir(parents=True)
+    Path("there/cloud/training.json").write_text("{}")
+    assert "cannot be used" in refused("hospitals", "--sites", "2", "--folder", "there")
+
+
+def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys):
+    def interrupted(_config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("firmware_sim.cli.run_fleet", interrupted)
+    assert main(["fleet"]) == 130
+    assert capsys.readouterr().err == "firmware_sim: interrupted.\n"

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from paho.mqtt.client import Client as Mqtt
@@ -39,7 +40,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Broker:
-    """Where the broker is, and who asks; `ca`, `cert` and `key` are PEM files for mutual TLS."""
+    """Where the broker is, and who asks.
+
+    `ca`, `cert` and `key` are PEM files for mutual TLS. Without `ca` nothing is encrypted; `cert` and `key` are a
+    `TrainingError` then, and either without the other.
+    """
 
     host: str = "127.0.0.1"
     port: int = 1883
@@ -48,6 +53,14 @@ class Broker:
     key: str | None = None
     username: str | None = None
     password: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise TrainingError("broker: --cert and --key go together. Give both, or neither.")
+        if self.cert is not None and self.ca is None:
+            raise TrainingError(
+                "broker: --cert and --key without --ca would not encrypt anything. Give --ca, too."
+            )
 
 
 def run_client(client: Client, site: str, broker: Broker, stop: threading.Event | None = None) -> None:
@@ -66,8 +79,8 @@ def run_client(client: Client, site: str, broker: Broker, stop: threading.Event 
             link.publish(where, client.request)
             client.meanwhile()  # while the answer is on its way
             due_s = time.monotonic() + RETRY_S
-            while not stop.is_set() and (left_s := due_s - time.monotonic()) > 0:
-                message = link.take(min(left_s, TICK_S))
+            while not stop.is_set() and (link.pending or time.monotonic() < due_s):
+                message = link.take(TICK_S)
                 if message is not None and client.take(bytes(message.payload)):
                     break
     finally:
@@ -136,6 +149,7 @@ class _Link:
     def __init__(self, broker: Broker, client_id: str, topic: str) -> None:
         self._arrived: queue.SimpleQueue[MQTTMessage] = queue.SimpleQueue()
         self._topic = topic
+        self._published = self._acknowledged = 0
         self._client = Mqtt(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.reconnect_delay_set(1, 10)
         self._client.on_socket_open = _send_at_once
@@ -143,6 +157,8 @@ class _Link:
             self._client.username_pw_set(broker.username, broker.password)
         if broker.ca is not None:
             try:
+                for path in filter(None, (broker.ca, broker.cert, broker.key)):
+                    Path(path).read_bytes()  # ssl does not say which one is missing
                 context = ssl.create_default_context(cafile=broker.ca)
                 if broker.cert is not None:
                     context.load_cert_chain(broker.cert, broker.key)
@@ -159,6 +175,7 @@ class _Link:
             if code.is_failure
             else None
         )
+        self._client.on_publish = self._acknowledge
         self._client.on_message = lambda _client, _data, message: self._arrived.put(message)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho leaves it untyped
         properties.MaximumPacketSize = MAX_PACKET_BYTES
@@ -167,7 +184,14 @@ class _Link:
 
     def publish(self, topic: str, message: bytes) -> None:
         """Send, or have it sent when the connection is back; the state machines bear what comes twice."""
+        self._published += 1
         self._last = self._client.publish(topic, message, qos=1)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the broker lacks a message: it is kept, and sent again at each connection, until it is there."""
+        # Not the message's own `is_published`: of one that was published without a connection it never says so.
+        return self._acknowledged < self._published
 
     def take(self, wait_s: float) -> MQTTMessage | None:
         """The next message; None when none comes in time."""
@@ -187,6 +211,9 @@ class _Link:
         """Disconnect."""
         self._client.disconnect()
         self._client.loop_stop()
+
+    def _acknowledge(self, _client: Mqtt, _data: Any, _id: int, _code: Any, _properties: Any) -> None:
+        self._acknowledged += 1
 
     def _subscribe(self, client: Mqtt, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         if code.is_failure:

@@ -128,6 +128,19 @@ class Journal:
         return self._folder / f"log-{max(self._number, 0)}"
 
 
+def count_messages(folder: Path) -> int:
+    """Messages that the side which writes `folder` has taken; a moment old where it is being written."""
+    number = max((_number(path) for path in folder.glob("snapshot-*.safetensors")), default=0)
+    try:
+        data = (folder / f"log-{number}").read_bytes()
+    except FileNotFoundError:  # the snapshot has just been made
+        return number
+    at = count = 0
+    while (whole := _read(data, at)) is not None:
+        at, count = at + _HEAD.size + len(whole), count + 1
+    return number + count
+
+
 def take_lock(path: Path) -> int | None:
     """Descriptor that keeps the lock until it is closed, as a kill does; None where another has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from splitward.data import Dataset
 from splitward.errors import TrainingError
@@ -58,15 +59,17 @@ def train_at_site(
     split : SplitSettings
         Network and defence that this site agrees to.
     folder : Path
-        The run; the same call again goes on with it.
+        The run; the same call again goes on with it. Its `remote/` holds the training's key and journal.
     told : callable
         Takes the fingerprint of this site's key, by which the other sites can check it.
 
     Raises
     ------
     TrainingError, HijackError
-        As `Client`.
+        As `Client`; or `folder` holds another run or another training, or this one was begun with other data.
     """
+    described = describe(dataset)
+    _claim(folder, member, described["digest"])
     client = Client(
         *(member.device, member.training, dataset.train, split),
         validation=dataset.validation,
@@ -74,14 +77,12 @@ def train_at_site(
         guard=GuardSettings() if member.guarded else None,
         peers=member.peers or None,
     )
-    told(client.fingerprint)
     try:
+        if (folder / "run.json").exists():
+            _run_of(client, folder, own, described)  # which could not be made after hours of training
+        told(client.fingerprint)
         run_client(client, member.site, member.broker)
-        plan = client.course.plan
-        if plan is None:
-            raise TrainingError("the training was left before it began.")
-        settings = replace(plan.run, data=own.data, task=own.task, size=own.size)
-        run = create_run(folder, settings, describe(dataset))
+        run = _run_of(client, folder, own, described)
         if not run.finished:
             lines = "".join(json.dumps(line) + "\n" for line in client.course.place.metrics)
             run.metrics.write_text(lines, encoding="utf-8")
@@ -89,6 +90,46 @@ def train_at_site(
     finally:
         client.close()
     return run
+
+
+def _claim(folder: Path, member: Membership, digest: str) -> None:
+    """Note who takes part in which training with which data; where that is noted, refuse any other."""
+    remote = folder / "remote"
+    if (folder / "run.json").exists() and not remote.exists():
+        raise TrainingError(f"{folder}: holds a run that is not of this training. Give another --out.")
+    card = remote / "site.json"
+    claimed = {"training": member.training.hex(), "device": member.device, "data": digest}
+    if not card.exists():  # the first start, or one of earlier versions
+        write_atomically(card, json.dumps(claimed, indent=2) + "\n")
+        return
+    try:
+        noted = dict(json.loads(card.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{card}: cannot be used: {error!r}. Delete it to go on with the data that is there."
+        ) from error
+    if noted.pop("data", None) != claimed.pop("data"):
+        raise TrainingError(
+            f"{folder}: the data is not what this site began the training with: it has changed since, or other "
+            f"versions read it otherwise. Put it back and keep {remote}, or begin a new training with another --out."
+        )
+    if noted != claimed:
+        raise TrainingError(f"{folder}: is of another training or device: {noted}. Give another --out.")
+
+
+def _run_of(client: Client, folder: Path, own: RunSettings, described: dict[str, Any]) -> Run:
+    """The run that the training ends with, made or found."""
+    plan = client.course.plan
+    try:
+        if plan is None:
+            raise TrainingError("the training has not begun.")
+        return create_run(folder, replace(plan.run, data=own.data, task=own.task, size=own.size), described)
+    except TrainingError as error:
+        raise TrainingError(
+            f"{folder / 'run.json'}: is not this training's, or --data, --task or --size are written otherwise now. "
+            "Write them as before; or move what is in the folder elsewhere, all but remote/ (the training's key and "
+            "journal: without it this site cannot go on), and give the same command again."
+        ) from error
 
 
 def whole_network(client: Client) -> SplitNetwork:
@@ -107,6 +148,30 @@ def whole_network(client: Client) -> SplitNetwork:
     return network.eval()
 
 
+def open_training(plan: Plan, folder: Path) -> bytes:
+    """The id of the training of `plan` that `folder` holds, or of a new one there: 16 bytes.
+
+    Raises
+    ------
+    TrainingError
+        The folder holds a training with another plan, or one that cannot be read.
+    """
+    card = folder / "training.json"
+    if card.exists():
+        try:
+            kept = json.loads(card.read_bytes())
+            begun, training = Plan.from_dict(kept["plan"]), bytes.fromhex(kept["training"])
+        except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
+            raise TrainingError(f"{card}: cannot be used: {error!r}. Give another --out.") from error
+        if begun.digest != plan.digest:
+            raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
+        return training
+    training = secrets.token_bytes(16)
+    about = {"training": training.hex(), "plan": plan.to_dict()}
+    write_atomically(card, json.dumps(about, indent=2) + "\n")
+    return training
+
+
 def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], object]) -> None:
     """Be the cloud's side of one training until every site has what it came for; called again, go on.
 
@@ -122,22 +187,9 @@ def coordinate(plan: Plan, folder: Path, broker: Broker, told: Callable[[str], o
     Raises
     ------
     TrainingError
-        The folder holds a training with another plan, or the training has failed.
+        As `open_training`, or the training has failed.
     """
-    card = folder / "training.json"
-    if card.exists():
-        try:
-            kept = json.loads(card.read_bytes())
-            begun, training = Plan.from_dict(kept["plan"]), bytes.fromhex(kept["training"])
-        except (OSError, ValueError, KeyError, TypeError, TrainingError) as error:
-            raise TrainingError(f"{card}: cannot be used: {error!r}. Give another --out.") from error
-        if begun.digest != plan.digest:
-            raise TrainingError(f"{folder}: holds a training with another plan. Give another --out.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        training = secrets.token_bytes(16)
-        about = {"training": training.hex(), "plan": plan.to_dict()}
-        write_atomically(card, json.dumps(about, indent=2) + "\n")
+    training = open_training(plan, folder)
     told(training.hex())
     server = Server(plan, training, folder / "journal")
     try:

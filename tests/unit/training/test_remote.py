@@ -31,7 +31,7 @@ from splitward.training.remote.carrier import Broker
 from splitward.training.remote.client import Client
 from splitward.training.remote.envelope import open_envelope, seal
 from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_round
-from splitward.training.remote.journal import Journal
+from splitward.training.remote.journal import Journal, count_messages
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store, store_rows
 from splitward.training.remote.privacy import clip_rows, epsilon
@@ -698,6 +698,20 @@ def test_a_damaged_snapshot_is_an_error(tmp_path):
     (tmp_path / "snapshot-7.safetensors").write_bytes(b"damage")
     with pytest.raises(TrainingError, match=r"snapshot-7.*Begin this training again"):
         Journal(tmp_path).snapshot()
+
+
+def test_another_process_can_count_the_messages_of_a_journal(tmp_path):
+    assert count_messages(tmp_path) == 0
+    journal = Journal(tmp_path)
+    journal.save(0, {"one": torch.zeros(1)})
+    for number in range(1, 4):
+        journal.append(b"message")
+        assert count_messages(tmp_path) == number
+    journal.save(3, {"one": torch.zeros(1)})
+    assert count_messages(tmp_path) == 3
+    journal.append(b"message")
+    assert count_messages(tmp_path) == 4
+    journal.close()
 
 
 @pytest.mark.parametrize(
