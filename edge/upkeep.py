@@ -23,6 +23,7 @@ class Upkeep:
     Attributes
     ----------
     certificate_expires_at_ns : int or None
+        None without one, and in the first moments, as the agent does not wait for it.
     """
 
     def __init__(self, config: EdgeConfig, now_s: float) -> None:
@@ -37,7 +38,9 @@ class Upkeep:
             from edge.enrolment import finish_renewal  # a power cut was in the middle of it
 
             finish_renewal(*self._files)
-        self.certificate_expires_at_ns = self._expiry()
+        self.certificate_expires_at_ns: int | None = None
+        if self._files is not None:
+            threading.Thread(target=self._look, name="certificate", daemon=True).start()
 
     def turn(self, now_s: float) -> bool:
         """Start what is due; whether a new certificate is there since the last turn."""
@@ -66,12 +69,13 @@ class Upkeep:
             log.error("the certificate is not renewed: %s", done.stderr.decode(errors="replace").strip()[-300:])
         elif self._stamp() != before:
             log.info("the certificate is renewed")
-            self.certificate_expires_at_ns = self._expiry()
+            self._look()
             self._renewed.set()
 
     def _stamp(self) -> int:
         assert self._files is not None  # noqa: S101  # only then a renewal is due
         return self._files[0].stat().st_mtime_ns
 
-    def _expiry(self) -> int | None:
-        return None if self._files is None else certificate_expires_apart(self._files[0])
+    def _look(self) -> None:
+        if self._files is not None:
+            self.certificate_expires_at_ns = certificate_expires_apart(self._files[0])

@@ -160,7 +160,8 @@ class SimulatedCloud:
         secured = "".join(f"tls.{name} = {json.dumps(path)}\n" for name, path in tls.items())
         self._config.write_text(
             f"models = {json.dumps([str(server_card_path(bundle))])}\n\n[broker]\nport = {broker_port}\n{secured}\n"
-            f"[api]\nport = {free_port()}\nrequire_token = false\n\n[store]\nurl = {json.dumps(store)}\n",
+            f"[api]\nport = {free_port()}\nrequire_token = false\n\n[store]\nurl = {json.dumps(store)}\n"
+            f"[fleet]\nstate_dir = {json.dumps(str(folder / 'fleet'))}\n",
             encoding="utf-8",
         )
         self._process: subprocess.Popen[bytes] | None = None

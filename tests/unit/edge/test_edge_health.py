@@ -228,7 +228,10 @@ import edge.agent
 from edge.config import BrokerConfig, EdgeConfig, TlsConfig
 from edge.upkeep import Upkeep
 tls = TlsConfig(ca="ca.pem", cert={str(authority.path)!r}, key="device.key")
-print(Upkeep(EdgeConfig(broker=BrokerConfig(tls=tls)), time.monotonic()).certificate_expires_at_ns)
+upkeep = Upkeep(EdgeConfig(broker=BrokerConfig(tls=tls)), time.monotonic())
+while upkeep.certificate_expires_at_ns is None:
+    time.sleep(0.05)
+print(upkeep.certificate_expires_at_ns)
 assert "cryptography" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
