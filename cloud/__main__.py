@@ -7,6 +7,7 @@ import asyncio
 import gc
 import signal
 import socket
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from cloud.access import Access, Scope
 from cloud.app import create_app
-from cloud.authority import Authority
-from cloud.config import CloudConfig, read_cloud_config
+from cloud.authority import AUTHORITY_DAYS, Authority
+from cloud.config import ApiConfig, CloudConfig, read_cloud_config
 from cloud.feed import Feed
 from cloud.guard import UPLOAD
 from cloud.logs import start_log
@@ -93,7 +94,9 @@ def _owes(connection: H11Protocol) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code is 2 when it cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m cloud", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file; the README lists its keys")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="TOML file; cloud/config.py describes its keys"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", help="run the service (the default)")
     commands.add_parser("migrate", help="bring the database's tables up to date")
@@ -103,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     certify = commands.add_parser("certify", help="make a certificate of the broker or of this service")
     certify.add_argument("service", choices=("broker", "cloud"))
     certify.add_argument("--host", action="append", default=[], help="name or address by which it is reached")
-    certify.add_argument("--days", type=float, default=365.0)
+    certify.add_argument(
+        "--days", type=float, default=365.0, help=f"how long it is good, up to {AUTHORITY_DAYS}"
+    )
     certify.add_argument("--out", type=Path, required=True, help="folder for SERVICE.pem and SERVICE.key")
     arguments = parser.parse_args(argv)
     try:
@@ -118,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "migrate":
             asyncio.run(_migrate(config))
             return 0
+        _check_tls(config.api)
         app = create_app(config)
         asyncio.run(
             _migrate(config)
@@ -132,6 +138,10 @@ def _certify(config: CloudConfig, service: str, hosts: tuple[str, ...], days: fl
     """Write the certificate and key, and beside them what the broker needs: the authority, and a revocation list."""
     if service == "broker" and not hosts:
         raise ConfigError("a broker needs --host: the name or address by which devices reach it.")
+    if not 0 < days <= AUTHORITY_DAYS:
+        raise ConfigError(
+            f"--days {days:g}: give a number over 0 and up to {AUTHORITY_DAYS}, as the authority's own."
+        )
     authority = Authority(Path(config.fleet.state_dir))
     certificate, key = authority.issue_service(service, hosts, days)
     try:
@@ -142,6 +152,18 @@ def _certify(config: CloudConfig, service: str, hosts: tuple[str, ...], days: fl
             write_whole(out / "revoked.crl", authority.revocation_list([], days), 0o644)
     except OSError as error:
         raise ConfigError(f"{out}: {error.strerror}. The certificates are written there.") from error
+
+
+def _check_tls(api: ApiConfig) -> None:
+    """`ConfigError` where the API's certificate and key cannot be used; the server would end in a traceback."""
+    if api.cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(api.cert, api.key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"api.cert {api.cert}, api.key {api.key}: {error}. Give readable PEM files."
+        ) from error
 
 
 async def _migrate(config: CloudConfig) -> None:

@@ -108,7 +108,10 @@ class Authority:
         )
 
     def issue_service(self, name: str, hosts: tuple[str, ...], days: float) -> tuple[bytes, bytes]:
-        """Certificate and key, both PEM, of the service `name`, which is also a server where it has `hosts`."""
+        """Certificate and key, both PEM, of the service `name`, which is also a server where it has `hosts`.
+
+        `ConfigError` where one of them is neither an address nor a name in ASCII.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         uses = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if hosts else [])]
         builder = self._leaf(key.public_key(), SERVICE + name, days, uses)
@@ -258,7 +261,13 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError:
+        raise ConfigError(
+            f"host {host!r}: is no name in ASCII. Give an international one as xn--... ."
+        ) from None
 
 
 def _private_pem(key: PrivateKeyTypes) -> bytes:

@@ -42,12 +42,10 @@ def post_json(url: str, body: dict[str, Any], ca: str | None) -> dict[str, Any]:
     Raises
     ------
     FetchError
-        `unreachable`, `bad_answer`, or `http_STATUS` with the problem's own detail.
+        `bad_url`, `unreachable`, `bad_answer`, or `http_STATUS` with the problem's own detail.
     """
-    request = urllib.request.Request(  # noqa: S310  # HTTPS only, checked in _open
-        url, msgspec.json.encode(body), {"Content-Type": "application/json", "Accept": "application/json"}
-    )
-    data = _ask(request, ca)
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    data = _ask(_request(url, headers, msgspec.json.encode(body)), ca)
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except msgspec.DecodeError as error:
@@ -56,7 +54,7 @@ def post_json(url: str, body: dict[str, Any], ca: str | None) -> dict[str, Any]:
 
 def get(url: str, ca: str | None) -> bytes:
     """First `MAX_ANSWER_BYTES` of what lies at `url`; `FetchError` as `post_json`."""
-    return _ask(urllib.request.Request(url), ca)  # noqa: S310  # HTTPS only, checked in _open
+    return _ask(_request(url, {}), ca)
 
 
 def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, tries: int) -> None:
@@ -65,7 +63,7 @@ def fetch_file(url: str, target: Path, sha256: str, size: int, ca: str | None, t
     Raises
     ------
     FetchError
-        `no_space`, `unreachable` (after `tries`), `http_STATUS`, `oversize`, or `wrong_hash`; then what was
+        `bad_url`, `no_space`, `unreachable` (after `tries`), `http_STATUS`, `oversize`, or `wrong_hash`; then what was
         fetched is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -103,8 +101,7 @@ def _ask(request: urllib.request.Request, ca: str | None) -> bytes:
 def _fetch_rest(url: str, target: Path, have: int, size: int, ca: str | None) -> None:
     # No If-Range: a plain web server's tags are its own, and whether the file is still the same its hash says.
     headers = {"Range": f"bytes={have}-"} if have else {}
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310  # HTTPS only, checked in _open
-    with _open(request, ca) as answer:
+    with _open(_request(url, headers), ca) as answer:
         goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with target.open("ab" if goes_on else "wb") as file:
             written = have if goes_on else 0
@@ -119,8 +116,12 @@ def _fetch_rest(url: str, target: Path, have: int, size: int, ca: str | None) ->
         raise http.client.IncompleteRead(b"", size - written)
 
 
+def _request(url: str, headers: dict[str, str], data: bytes | None = None) -> urllib.request.Request:
+    _check_https(url)
+    return urllib.request.Request(url, data, headers)  # noqa: S310  # HTTPS only
+
+
 def _open(request: urllib.request.Request, ca: str | None) -> Any:
-    _check_https(request.full_url)
     context = ssl.create_default_context(cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _OnlyHttps())
@@ -128,7 +129,12 @@ def _open(request: urllib.request.Request, ca: str | None) -> Any:
 
 
 def _check_https(url: str) -> None:
-    if urllib.parse.urlsplit(url).scheme != "https":
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sound = parts.scheme == "https" and (parts.path + parts.query).isascii()
+    except ValueError:  # such as a bracket that is never closed
+        sound = False
+    if not sound:
         raise FetchError(
             "bad_url", f"{shown_address(url)}: is no HTTPS address, and nothing is fetched by any other."
         )

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,10 +69,10 @@ def install(request: InstallRequest) -> InstallReport:
         store.take(staged, bundle.model.hex())
     except (BundleError, FetchError, UpdateError) as error:
         if error.reason not in ("unreachable", "no_space"):  # of a transfer that may go on
-            staged.unlink(missing_ok=True)
+            _discard(staged)
         return InstallReport(request.model, reason=error.reason, message=str(error))
     except (SplitwardError, OSError) as error:
-        staged.unlink(missing_ok=True)
+        _discard(staged)
         return InstallReport(request.model, reason="not_installed", message=str(error))
     return InstallReport(bundle.model.hex(), bundle.manifest.name)
 
@@ -97,6 +98,13 @@ def install_apart(
             request.model, reason=reason, message=f"the probe ended with {process.returncode}."
         )
     return msgspec.json.decode(answer, type=InstallReport)
+
+
+def _discard(staged: Path) -> None:
+    with suppress(
+        OSError
+    ):  # what keeps it from being removed kept it from being written, and is what is reported
+        staged.unlink()
 
 
 def _stage(request: InstallRequest, staged: Path) -> None:

@@ -94,7 +94,8 @@ def build_config(values: dict[str, Any], kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(values, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}. Correct the value; the README lists every key.") from error
+        described = f"{kind.__module__.replace('.', '/')}.py"
+        raise ConfigError(f"{where}: {error}. Correct the value; {described} describes every key.") from error
 
 
 def _refuse_unknown_keys(values: dict[str, Any], kind: type[msgspec.Struct], where: str, prefix: str) -> None:

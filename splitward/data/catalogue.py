@@ -18,6 +18,10 @@ _UNDERSTOOD = """  mnist                the MNIST digits, from the cache or fetc
   FOLDER               DICOM files or images with a labels.csv (file,label[,patient]) or one folder per class"""
 
 
+SIZES = range(8, 225, 4)
+"""Heights and widths that the networks take, in pixels."""
+
+
 def open_dataset(
     spec: str, *, task: str | None = None, size: int | None = None, seed: int = 0, cache: Path | None = None
 ) -> Dataset:
@@ -30,7 +34,7 @@ def open_dataset(
     task : str, optional
         What the labels say, where a source can be read in several ways; the loader's first by default.
     size : int, optional
-        Height and width of the images in pixels; the source's own, or 64 for folders, by default.
+        Height and width of the images in pixels, one of `SIZES`; the source's own, or 64 for folders, by default.
     seed : int
         Of the split by patient and of what is drawn (phantoms, crops of normal tissue).
     cache : Path, optional
@@ -39,10 +43,11 @@ def open_dataset(
     Raises
     ------
     DataError
-        Nothing reads `spec`, it has no such task, or a file of it is missing, damaged or inconsistent.
+        No network takes frames of `size`, nothing reads `spec`, it has no such task, or a file of it is missing,
+        damaged or inconsistent.
     """
-    if size is not None and not 1 <= size <= 4096:
-        raise DataError(f"size {size}: give 1 to 4096 pixels.")
+    if size is not None and size not in SIZES:
+        raise DataError(f"size {size}: give {SIZES[0]} to {SIZES[-1]} pixels, a multiple of {SIZES.step}.")
     if spec == "mnist":
         return mnist.load(mnist.fetch_mnist(cache), check_task("mnist", task, mnist.TASKS), size)
     if spec == "phantom":

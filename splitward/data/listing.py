@@ -2,6 +2,7 @@
 
 `labels.csv` has the columns `file,label[,patient]`, files relative to the folder. Without it each sub-folder
 is a class, its files (at any depth) the images, and `patients.csv` (`file,patient`) may name their patients.
+Blanks around a value count for nothing.
 """
 
 from __future__ import annotations
@@ -91,25 +92,29 @@ def _read_table(folder: Path, name: str, needed: tuple[str, ...]) -> dict[str, d
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            missing = [column for column in needed if column not in (reader.fieldnames or ())]
+            reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+            missing = [column for column in needed if column not in reader.fieldnames]
             if missing:
                 raise DataError(
                     f"{table}: has no column {missing[0]!r}. Its first line must name {','.join(needed)}."
                 )
             for row in reader:
                 where = f"{table}, line {reader.line_num}"
-                _check_row(folder, row, where, rows)
-                rows[row["file"]] = row
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{where}: has a missing or surplus value. Fill every column of the first line."
+                    )
+                cells = {column: value.strip() for column, value in row.items()}
+                _check_row(folder, cells, where, rows)
+                rows[cells["file"]] = cells
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: is no CSV file in UTF-8: {error}. Save it again as one.") from error
     return rows
 
 
 def _check_row(folder: Path, row: dict[str, str], where: str, rows: dict[str, dict[str, str]]) -> None:
-    if None in row or not all(row.values()):
-        raise DataError(
-            f"{where}: has an empty, missing or surplus value. Fill every column of the first line."
-        )
+    if not all(row.values()):
+        raise DataError(f"{where}: has an empty value. Fill every column of the first line.")
     name = row["file"]
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise DataError(f"{where}: {name} lies outside the folder. Give paths relative to {folder}.")

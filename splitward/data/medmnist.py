@@ -7,6 +7,7 @@ found by their bytes.
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,8 +23,18 @@ from splitward.wire.bundle import InputSpec
 TASKS = ("classes",)
 MAX_BYTES = 4 << 30
 MAX_CLASSES = 1000
-# What damaged archives raise; MemoryError comes of a header that declares more than there is memory.
-_BROKEN = (OSError, EOFError, MemoryError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
+# What damaged archives raise: MemoryError comes of a header that declares more than there is memory, RuntimeError of an
+# entry that says that it is encrypted, TokenError of a header that is no Python.
+_BROKEN = (
+    OSError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _SPLITS = ("train", "val", "test")
 _CLASSES = {"pneumoniamnist": ("normal", "pneumonia")}
 _LICENCES = {"pneumoniamnist": "CC BY 4.0 (MedMNIST v2, Yang et al. 2023)"}
@@ -43,10 +54,6 @@ def load(path: Path, task: str, size: int | None) -> Dataset:
     arrays = _read(path)
     known = path.stem.lower().split("_")[0]
     highest = max(int(labels.max()) for _, labels in arrays.values())
-    if highest >= MAX_CLASSES:
-        raise DataError(
-            f"{path}: has the label {highest}. Number the classes from 0; {MAX_CLASSES} are the most."
-        )
     if len(np.unique(np.concatenate([labels for _, labels in arrays.values()]))) < 2:
         raise DataError(f"{path}: every image has the label {highest}. A training needs two classes or more.")
     classes = _CLASSES.get(known, tuple(str(label) for label in range(highest + 1)))
@@ -106,6 +113,9 @@ def _read(path: Path) -> dict[str, Arrays]:
 
 def _read_split(path: Path, archive: np.lib.npyio.NpzFile, split: str) -> Arrays:
     images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+    for name, array in (("images", images), ("labels", labels)):
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no .npy
+            raise DataError(f"{path}: {split}_{name} is no array. Fetch it again.")
     if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
         raise DataError(
             f"{path}: {split}_images is {images.dtype} {list(images.shape)}; "
@@ -118,6 +128,11 @@ def _read_split(path: Path, archive: np.lib.npyio.NpzFile, split: str) -> Arrays
         )
     if images.size == 0 or int(labels.min()) < 0:
         raise DataError(f"{path}: {split} is empty or has a negative label. Fetch it again.")
+    highest = int(labels.max())  # before the cast, which would make it negative
+    if highest >= MAX_CLASSES:
+        raise DataError(
+            f"{path}: has the label {highest}. Number the classes from 0; {MAX_CLASSES} are the most."
+        )
     return images, labels.reshape(-1).astype(np.int64)
 
 

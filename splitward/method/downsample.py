@@ -15,11 +15,6 @@ def space_to_depth(frame: Tensor) -> Tensor:
     return F.pixel_unshuffle(frame, FACTOR)
 
 
-def depth_to_space(cells: Tensor) -> Tensor:
-    """Inverse of `space_to_depth`, exactly."""
-    return F.pixel_shuffle(cells, FACTOR)
-
-
 def with_map(attacked: Tensor, saliency_map: Tensor) -> Tensor:
     """What enters the client half: [B, 4C + 1, H/2, W/2].
 

@@ -80,11 +80,6 @@ def _shrink(gram: Tensor, mu: Tensor) -> Tensor:
     return out
 
 
-def nuclear_norm(Z: Tensor) -> Tensor:
-    """Sum of the singular values of each matrix: [...]."""
-    return torch.linalg.matrix_norm(Z, ord="nuc")
-
-
 def sparse_weight(rows: int, columns: int) -> float:
     """`lam = 1/sqrt(max(K, N))`, the weight of robust PCA (Candes et al. 2011); the paper gives none."""
     return float(max(rows, columns) ** -0.5)
@@ -142,26 +137,6 @@ def low_rank_sparse(
 
 def _clip(Z: Tensor, reach: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(Z, -reach), reach)
-
-
-def objective(Z: Tensor, L: Tensor, S: Tensor, mu: float, lam: float) -> Tensor:
-    """Value of the low rank + sparse objective for each matrix: [...]."""
-    misfit = (Z - L - S).square().sum((-2, -1)) / (2 * mu)
-    return nuclear_norm(L) + lam * S.abs().sum((-2, -1)) + misfit
-
-
-def duality_gap(Z: Tensor, L: Tensor, S: Tensor, mu: float, lam: float) -> Tensor:
-    """Upper bound on how far (L, S) is from the optimum, for each matrix: [...], at least 0 up to rounding.
-
-    The dual of the problem is `max_Y <Z, Y> - mu/2*||Y||_F^2` over `||Y||_2 <= 1` and `|Y| <= lam`; the dual
-    point is the residual `(Z - L - S)/mu`, scaled into both sets.
-    """
-    Y = (Z - L - S) / mu
-    spectral = torch.linalg.matrix_norm(Y, ord=2, keepdim=True)
-    largest = Y.abs().amax((-2, -1), keepdim=True)
-    Y = Y / torch.maximum(torch.maximum(spectral, largest / lam), torch.ones_like(spectral))
-    dual = (Z * Y).sum((-2, -1)) - mu / 2 * Y.square().sum((-2, -1))
-    return objective(Z, L, S, mu, lam) - dual
 
 
 class Recovery(nn.Module):

@@ -187,6 +187,13 @@ def assert_each_once(folder: Path, frames: int) -> None:
     assert all(len(identities) == 1 for identities in answers.values()), "a frame was captured twice"
 
 
+def assert_none_twice(folder: Path) -> None:
+    """Of a device whose agent was never killed: after a crash a frame may have two lines."""
+    lines = Counter((line["boot"], line["sequence"]) for line in read_results(folder / "results.jsonl"))
+    assert set(lines.values()) == {1}, "a frame has two results, or no frame has any"
+    assert_each_once(folder, len(read_answers(folder)))
+
+
 @contextmanager
 def running(config: EdgeConfig, *, until_answered: bool = False) -> Iterator[list[AgentReport]]:
     """The agent in a thread until the block ends, or after it until every frame is answered."""

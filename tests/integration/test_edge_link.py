@@ -176,17 +176,18 @@ def test_the_pause_between_attempts_grows_and_has_a_limit(tmp_path: Path) -> Non
         door.settimeout(TIMEOUT_S)
         config = EdgeConfig(
             broker=BrokerConfig(port=door.getsockname()[1], protocol="5"),
-            link=LinkConfig(reconnect_s=0.05, reconnect_max_s=0.4),
+            link=LinkConfig(reconnect_s=0.05, reconnect_max_s=0.8),
         )
         with connected(config):
             times = []
-            for _ in range(8):
+            for _ in range(9):
                 visitor, _ = door.accept()
                 times.append(time.monotonic())
                 visitor.close()
     gaps = [late - early for early, late in itertools.pairwise(times)]
-    assert gaps[0] < 0.3
-    assert min(gaps[-3:]) > 0.19  # half of the longest at least, as the other half is random
+    # A busy machine makes some gaps longer, and none shorter. Half of a pause is random: the last are 0.4 s at least.
+    assert min(gaps[:3]) < 0.39 < min(gaps[-3:])
+    assert min(gaps[-2:]) < 1.6  # without a limit the one before the last would be 1.6 s at least
 
 
 class SecureMosquitto(Mosquitto):

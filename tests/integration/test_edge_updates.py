@@ -25,7 +25,14 @@ from firmware_sim.fleet import to_toml
 from splitward.wire.bundle import read_bundle, read_trusted_key, write_bundle
 from splitward.wire.message import Activation
 from splitward.wire.orders import Announcement, Command
-from tests.integration.cloud_double import TIMEOUT_S, Cloud, cloud_at, configure, running
+from tests.integration.cloud_double import (
+    TIMEOUT_S,
+    Cloud,
+    assert_none_twice,
+    cloud_at,
+    configure,
+    running,
+)
 from tests.integration.cloud_https import HttpsCloud, https_cloud, public_pem
 
 
@@ -103,7 +110,7 @@ def test_an_announced_bundle_is_fetched_tried_and_kept(
             cloud.wait(lambda: cloud.statuses["device-1"][-1].model_name == "tiny")
             again = cloud.outcome_of(command(cloud, web, 7, "rollback"))
             assert (again.state, ModelStore(config).active.model) == ("done", model.hex())
-    assert len(cloud.answers) == len(set(cloud.answers))
+    assert_none_twice(tmp_path)
 
 
 def test_a_command_within_a_trial_leaves_both_their_outcomes(
@@ -250,7 +257,8 @@ def test_a_bundle_whose_frames_fail_is_rolled_back(
         return True
 
     def answer_late() -> None:
-        while ModelStore(config).active.trial is None:
+        until_s = time.monotonic() + TIMEOUT_S
+        while ModelStore(config).active.trial is None and time.monotonic() < until_s:
             time.sleep(0.01)
         for one in withheld:
             cloud.answer(one)
@@ -259,7 +267,7 @@ def test_a_bundle_whose_frames_fail_is_rolled_back(
     with cloud_at(mosquitto) as cloud, running(config):
         cloud.ignore = ignore
         cloud.judge = lambda one: "unknown_model" if one.model == model else None
-        late = threading.Thread(target=answer_late)
+        late = threading.Thread(target=answer_late, daemon=True)
         late.start()
         cloud.wait(lambda: len(withheld) >= 10)
         outcome = cloud.outcome_of(announce(cloud, web, 1, publish(web, tmp_path / "unserved.bundle", model)))

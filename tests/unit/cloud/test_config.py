@@ -120,6 +120,47 @@ def test_the_command_exits_with_2_and_says_why(write, capsys):
     assert "missing.server.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("made", [(), ("api.pem",)], ids=["none", "certificate-alone"])
+def test_a_start_without_the_apis_tls_files_says_so(write, tmp_path, capsys, made):
+    for name in made:
+        (tmp_path / name).write_text("no PEM")
+    text = f"""
+        models = []
+        [api]
+        cert = "{tmp_path}/api.pem"
+        key = "{tmp_path}/api.key"
+        [store]
+        url = "sqlite+aiosqlite:///{tmp_path}/cloud.db"
+        [fleet]
+        state_dir = "{tmp_path}/fleet"
+    """
+    assert main(["--config", str(write(text))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"api.cert {tmp_path}/api.pem")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        *((["--days", days], f"--days {days}: give") for days in ("-1", "0", "nan", "inf", "1e+12")),
+        (["--host", "ä"], "host 'ä': is no name in ASCII"),
+    ],
+)
+def test_a_certificate_that_cannot_be_made_is_told_in_one_line(write, tmp_path, capsys, arguments, fault):
+    config = str(write(f'models = []\n[fleet]\nstate_dir = "{tmp_path}/fleet"'))
+    out = tmp_path / "made"
+    command = ["--config", config, "certify", "broker", "--host", "b.example", "--out", str(out), *arguments]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(fault)
+    assert not out.exists()
+
+
+def test_a_wrong_value_tells_where_every_key_is_described(write):
+    with pytest.raises(ConfigError, match=r"cloud/config\.py describes every key"):
+        read_cloud_config(write("models = 3"))
+
+
 def test_beyond_loopback_with_tls_is_accepted(write):
     text = 'models = []\n[api]\nhost = "192.168.1.4"\ncert = "a.pem"\nkey = "a.key"'
     assert read_cloud_config(write(text)).api.cert == "a.pem"

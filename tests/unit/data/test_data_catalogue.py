@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from splitward.data import open_dataset
+from splitward.data.catalogue import SIZES
 from splitward.errors import DataError
 
 
@@ -62,10 +63,18 @@ def test_a_wrong_task_lists_the_tasks():
         open_dataset("phantom", task="density")
 
 
-@pytest.mark.parametrize("size", [0, -1, 5000])
-def test_impossible_sizes_are_refused(size):
-    with pytest.raises(DataError, match="give 1 to 4096"):
-        open_dataset("phantom", size=size)
+@pytest.mark.parametrize("size", [0, -1, 4, 30, 225, 1024, 4096])
+@pytest.mark.parametrize("spec", ["phantom", "mnist", "no/such/folder"])
+def test_sizes_that_no_network_takes_are_refused_before_anything_is_read(spec, size):
+    with pytest.raises(DataError, match=f"size {size}: give 8 to 224 pixels, a multiple of 4"):
+        open_dataset(spec, size=size)
+
+
+def test_the_networks_take_every_size():
+    from splitward.training.settings import frame_settings
+
+    for size in SIZES:
+        assert frame_settings(1, size, 2, "sealed").network.side == size
 
 
 def test_loading_never_imports_torch():

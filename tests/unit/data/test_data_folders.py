@@ -113,6 +113,76 @@ def test_numbered_files_of_unknown_patients_ask_for_patients_csv(tmp_path):
         open_dataset(str(tmp_path))
 
 
+def draw_all(folder, names) -> None:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(number)).save(folder / name)
+
+
+@pytest.mark.parametrize("name", ["{view}.png", "scan-{view}.png", "left/{patient}{view}.png"])
+def test_a_folder_within_the_class_is_a_patient(tmp_path, name):
+    draw_all(
+        tmp_path,
+        ["ab"[patient % 2] + f"/P{patient}/" + name.format(patient=patient, view=view)
+         for patient in range(20) for view in range(10)],
+    )  # fmt: skip
+    dataset = open_dataset(str(tmp_path), size=8)
+    assert len({patient for _, _, patient in all_rows(dataset)}) == 20
+    assert "patients by folder" in dataset.source
+    folder_of = {
+        to_frame(read_image(path), InputSpec(1, 8, 8)).tobytes(): path.relative_to(tmp_path).parts[1]
+        for path in tmp_path.rglob("*.png")
+    }
+    held = [
+        {folder_of[as_float(image).tobytes()] for image in getattr(dataset, split).images} for split in SPLITS
+    ]
+    assert sum(map(len, held)) == len(set.union(*held)) == 20
+
+
+def test_a_patient_with_folders_in_two_classes_is_one(tmp_path):
+    draw_all(
+        tmp_path, [f"{label}/P{patient}/{view}.png" for label in "ab" for patient in range(4) for view in "01"]
+    )
+    dataset = open_dataset(str(tmp_path), size=8)
+    assert len({patient for _, _, patient in all_rows(dataset)}) == 4
+    assert_patients_apart(dataset)
+
+
+@pytest.mark.parametrize("loose", ["a/P1_7.png", "b/IMG_0001.png"])
+def test_files_beside_patient_folders_are_refused_until_a_table_names_their_patients(tmp_path, loose):
+    names = [*(f"{'ab'[patient % 2]}/P{patient}/{view}.png" for patient in range(6) for view in "01"), loose]
+    draw_all(tmp_path, names)
+    with pytest.raises(DataError, match=r"whose they are is not plain\. Name them in a patients\.csv"):
+        open_dataset(str(tmp_path))
+    write_table(tmp_path / "patients.csv", ["file", "patient"], [(name, name[2:4]) for name in names])
+    assert_patients_apart(open_dataset(str(tmp_path), size=8))
+
+
+def test_a_table_without_patients_may_have_its_files_in_one_folder_only(tmp_path):
+    names = [f"images/p{patient}_{view}.png" for patient in range(6) for view in "01"]
+    draw_all(tmp_path, [*names, *(f"more/p{patient}_9.png" for patient in range(6))])
+    table = [(name, "ab"[number % 2]) for number, name in enumerate(names)]
+    write_table(tmp_path / "labels.csv", ["file", "label"], table)
+    dataset = open_dataset(str(tmp_path), size=8)
+    assert len({patient for _, _, patient in all_rows(dataset)}) == 6
+    write_table(tmp_path / "labels.csv", ["file", "label"], [*table, ("more/p0_9.png", "a")])
+    with pytest.raises(DataError, match=r"several folders\. Name them in a column `patient` of labels\.csv"):
+        open_dataset(str(tmp_path))
+
+
+def test_blanks_around_the_values_of_a_table_count_for_nothing(tmp_path):
+    draw_all(tmp_path, [f"{number}.png" for number in range(6)])
+    rows = "".join(
+        f"{number}.png,{blank}{'ab'[number // 2 % 2]}{blank},{blank}P{number // 2}\n"
+        for number, blank in enumerate(["", " "] * 3)
+    )
+    (tmp_path / "labels.csv").write_text(f"file, label, patient\n{rows}")
+    dataset = open_dataset(str(tmp_path), size=8)
+    assert dataset.classes == ("a", "b")
+    assert len({patient for _, _, patient in all_rows(dataset)}) == 3
+    assert_patients_apart(dataset)
+
+
 def test_hidden_files_are_left_out(images):
     (images / "calm" / ".DS_Store").write_bytes(b"x")
     (images / "calm" / "Thumbs.db").write_bytes(b"x")
@@ -142,10 +212,12 @@ HOSTILE_TABLES = {
     "no_label_column": (b"file,patient\n0.png,a\n", "has no column 'label'"),
     "empty": (b"", "has no column 'file'"),
     "empty_label": (b"file,label\n0.png,\n", "line 2: has an empty"),
-    "short_row": (b"file,label\n0.png\n", "line 2: has an empty"),
-    "long_row": (b"file,label\n0.png,a,b\n", "line 2: has an empty"),
+    "blank_patient": (b"file,label,patient\n0.png,a, \n", "line 2: has an empty"),
+    "short_row": (b"file,label\n0.png\n", "line 2: has a missing"),
+    "long_row": (b"file,label\n0.png,a,b\n", "line 2: has a missing"),
     "missing_file": (b"file,label\n7.png,a\n", "line 2: 7.png is not there"),
     "twice": (b"file,label\n0.png,a\n0.png,b\n", "line 3: 0.png is listed twice"),
+    "twice_but_for_blanks": (b"file,label\n0.png,a\n 0.png ,b\n", "line 3: 0.png is listed twice"),
     "outside": (b"file,label\n../x.png,a\n", "lies outside the folder"),
     "absolute": (b"file,label\n/etc/hostname,a\n", "lies outside the folder"),
     "binary": (b"\xff\xfe\x00f", "is no CSV file in UTF-8"),

@@ -34,7 +34,7 @@ def test_grey_and_colour_archives(tmp_path):
     colour = open_dataset(write(tmp_path / "colour.npz", arrays))
     assert colour.classes == ("0", "1", "2", "3")
     assert np.array_equal(colour.test.images, np.moveaxis(arrays["test_images"], 3, 1))
-    assert open_dataset(str(tmp_path / "colour.npz"), size=14).test.images.shape == (5, 3, 14, 14)
+    assert open_dataset(str(tmp_path / "colour.npz"), size=16).test.images.shape == (5, 3, 16, 16)
 
 
 def test_every_image_is_its_own_patient(tmp_path):
@@ -84,12 +84,37 @@ def lying_header() -> bytes:
     return buffer.getvalue()
 
 
+def encrypted() -> bytes:
+    """An archive in which one flipped bit calls an entry encrypted."""
+    data = bytearray(npz())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
+
+
+def with_entry(name: str, data: bytes) -> bytes:
+    """An archive in which these bytes stand for an array."""
+    buffer = io.BytesIO(npz(**{name: None}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(f"{name}.npy", data)
+    return buffer.getvalue()
+
+
+def open_header() -> bytes:
+    """An array in whose header a bracket is never closed."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 28, 28, \n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+
 HOSTILE = {
     "empty": (b"", "no whole .npz"),
     "text": (b"not a zip", "no whole .npz"),
     "half": (npz()[:3000], "no whole .npz"),
     "bomb": (bomb(), "over the limit"),
     "lying_header": (lying_header(), "no whole .npz"),
+    "encrypted": (encrypted(), "no whole .npz"),
+    "open_header": (with_entry("train_images", open_header()), "no whole .npz"),
+    "no_array": (with_entry("train_images", b"notes"), "train_images is no array"),
+    "no_array_of_labels": (with_entry("val_labels", b""), "val_labels is no array"),
     "no_test": (npz(test_images=None), "It must hold"),
     "pickled": (npz(train_labels=np.array([{"a": 1}] * 12, object)), "no whole .npz"),
     "float_images": (npz(val_images=np.zeros((6, 28, 28))), "val_images is float64"),
@@ -99,6 +124,10 @@ HOSTILE = {
     "float_labels": (npz(test_labels=np.zeros((5, 1))), "test_labels is float64"),
     "negative_labels": (npz(test_labels=np.full((5, 1), -1)), "negative label"),
     "too_many_classes": (npz(train_labels=np.full((12, 1), 400_000_000)), "has the label 400000000"),
+    "label_beyond_int64": (
+        npz(test_labels=np.full((5, 1), 2**64 - 1, np.uint64)),
+        f"has the label {2**64 - 1}",
+    ),
     "one_class": (
         npz(**{f"{split}_labels": np.ones((count, 1), np.uint8) for split, count in COUNTS.items()}),
         "every image has the label 1",

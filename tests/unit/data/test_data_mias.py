@@ -82,7 +82,7 @@ def test_density_is_the_default_task(folder):
 
 
 def test_regions_hold_their_lesion_in_the_middle(folder):
-    dataset = open_dataset(str(folder), task="roi", size=33)
+    dataset = open_dataset(str(folder), task="roi", size=32)
     labels = [label for _, label, _ in rows(dataset)]
     assert sorted(labels) == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
     for image, label, patient in rows(dataset):

@@ -223,10 +223,39 @@ def test_the_container_s_health_goes_by_the_agent_s_own_settings(settings: Path,
             assert health_of_container([str(settings)]) == 0
 
 
-def test_enrolment_says_that_the_token_s_file_is_missing(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "binary"])
+def test_enrolment_says_that_the_token_s_file_cannot_be_read(
+    tmp_path: Path, capsys: Any, content: bytes | None
+) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
     asked = ["--url", "https://127.0.0.1", "--site", "s", "--device", "d", "--out", str(tmp_path)]
-    assert main(["enroll", "--token-file", str(tmp_path / "missing"), *asked]) == 2
-    assert "missing" in capsys.readouterr().err
+    assert main(["enroll", "--token-file", str(path), *asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"edge: --token-file {path}: ")
+
+
+@pytest.mark.parametrize(
+    "url", ["cloud.example.org", "http://127.0.0.1", "https://[::1", "https://127.0.0.1/ä", ""]
+)
+def test_enrolment_says_that_an_address_is_none(tmp_path: Path, capsys: Any, url: str) -> None:
+    asked = ["--token", "t", "--site", "s", "--device", "d", "--out", str(tmp_path)]
+    assert main(["enroll", "--url", url, *asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is no HTTPS address" in line
+
+
+@pytest.mark.parametrize("spoilt", ["", "models", "models/staging"])
+def test_installing_says_that_the_state_folder_cannot_be_used(
+    settings: Path, tmp_path: Path, tiny_bundle: Any, capfd: Any, spoilt: str
+) -> None:
+    path = tmp_path / "state" / spoilt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    assert main(["model", "install", "--config", str(settings), str(tiny_bundle.path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(path) in line
 
 
 def test_the_example_that_install_writes_runs_with_what_it_installs() -> None:
