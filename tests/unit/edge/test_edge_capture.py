@@ -326,7 +326,7 @@ def reading(source: Source, setting: Setting) -> Iterator[list[Frame]]:
         reader.join()
 
 
-def test_an_object_that_is_sent_again_is_no_second_frame(tmp_path: Path) -> None:
+def test_a_received_object_that_is_sent_again_is_no_second_frame(tmp_path: Path) -> None:
     folder, setting = tmp_path / "received", Setting()
     first, other = dicom_bytes(tmp_path, 1), dicom_bytes(tmp_path, 2)
     with receiving(folder, setting) as source, reading(source, setting) as seen:
