@@ -11,6 +11,9 @@ from typing import Any
 
 from splitward.errors import SplitwardError
 
+RECAPTURES = "splitward reproduce recaptures --out docs/results --runs FOLDER --data FOLDER"
+"""Recorded beside the figures, whatever the folders are called."""
+
 
 def add_reproduce(commands: Any) -> None:
     """Add the command to the subparsers of `splitward`."""
@@ -145,7 +148,7 @@ def _recaptures(arguments: argparse.Namespace) -> int:
                 ]
                 sys.stdout.write(f"{folder.name}: {json.dumps(found[folder.name])}\n")
     out = arguments.out / "recaptures.json"
-    text = json.dumps({**found, "command": _command(arguments), "versions": versions()}, indent=2)
+    text = json.dumps({**found, "command": RECAPTURES, "versions": versions()}, indent=2)
     write_atomically(out, text + "\n")
     sys.stdout.write(f"{out}\n")
     return 0
