@@ -98,7 +98,7 @@ def test_a_decoder_that_dies_begins_anew(dead: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("splitward.audit.decoder.Decoder", dead_at_first)
     found = ssim(replace(BRIEF, effort=3.0).reconstruct(case, 0), originals).mean()
     assert len(made) == min(dead + 1, 3)
-    assert (found > 0.85) == (dead < 3)
+    assert (found > 0.75) == (dead < 3)  # the last start has no SSIM in its loss
 
 
 def test_ridge_inverts_an_undefended_cut() -> None:

