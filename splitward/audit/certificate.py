@@ -17,6 +17,10 @@ Three bounds on the mean squared error of a pixel, from the strongest statement 
     Cramer-Rao: `d / E[tr(I_e)]`, the inverse of diagonal Fisher information leakage (Maeng et al. 2023) averaged over
     the frames. For unbiased estimators only, which no decoder is, and so often far above any attack's error.
 
+`candidates` is given for several captures of each scene, too: for captures that are alike before the noise, each with
+noise of its own; and for captures that differ by a camera's noise and a movement (`recaptures_bound`). In that one the
+attacker is also told, of every scene in the list, what its captures would have been before the noise.
+
 All of them leave out the quantisation after the noise, which can only raise the error. `candidates` counts the
 rounding before the noise; the two with a Jacobian take it for the identity, and are given only where its step is at
 most a tenth of sigma.
@@ -24,6 +28,7 @@ most a tenth of sigma.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,22 +36,49 @@ import torch
 from torch import Tensor
 
 from splitward.method.split import SplitNetwork
+from splitward.training.loop import reproducible, shifted
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How captures of one scene differ.
+
+    Attributes
+    ----------
+    noise : float
+        Standard deviation of the camera's noise, of the range of a pixel.
+    pixels : int
+        By how much the scene moves at most in each direction, at random.
+    """
+
+    noise: float
+    pixels: int
+
+    def capture(self, scenes: Tensor) -> Tensor:
+        """A capture of each scene, [N, C, H, W], in the steps of a camera's eight bits; torch's generator draws."""
+        seen = shifted(scenes, self.pixels) + self.noise * torch.randn_like(scenes)
+        return (seen.clamp(0, 1) * 255).round() / 255
+
 
 CAPTURES = (1, 8)
 """Numbers of captures of one scene for which the candidates bound is given."""
+MOVEMENT = Movement(noise=0.05, pixels=1)
+"""How captures differ for which the candidates bound is given (our choice)."""
 FISHER_FRAMES = 200
 FINE = 10
 """So many steps of the grid before the noise are in a sigma, or it is no small thing beside it (our choice)."""
 _CHUNK = 250
-_DRAWS, _SAMPLES = 4, 20_000
+_DRAWS, _SAMPLES, _SCENES = 4, 20_000, 1000
+_APART = 1e3
+"""So many sigma lie between frames whose captures do not coincide alike: as good as infinitely many."""
 ASSUMPTIONS = (
     "The noise is Gaussian, independent between captures and unknown to the attacker (keyed by the device's "
     "secret).",
     "The error is averaged over the frames certified; a single frame that is unlike all others can leak more.",
     "The frames are drawn as the certified ones were; a bound on these says nothing of another hospital's.",
-    "An attacker has as many captures of one scene as stated, no more, and they are alike before the noise, each with "
-    "noise of its own. Captures that differ, by light or by movement, can tell more together: which values they round "
-    "to, and how often, says where between them the frame lies.",
+    "An attacker has as many captures of one scene as stated, no more. They are alike before the noise, each with its "
+    "own noise; or they differ as stated, each at random. Captures that differ by more can tell more together: which "
+    "values they round to, and how often, says where between them the frame lies.",
     "Each frame is drawn independently of the others, and the attacker does not know how often each is sent.",
     "The attacker has no release of a frame of its choice from this very device: the noise is a function of the "
     "frame's values, keyed by the device, so that whoever can feed it a frame and sees the release confirms a guess.",
@@ -62,7 +94,10 @@ class Certificate:
     bound_mse : float
         The candidates bound for one capture, for an attacker who knows the label.
     captures_mse : dict of int to float
-        The candidates bound for so many captures of each scene.
+        The candidates bound for so many captures of each scene that are alike before the noise.
+    recaptures_mse : float
+        The candidates bound for the most of these captures where they differ by `movement`.
+    movement : Movement
     identified : float
         How often the attacker with the list and the label picks the right frame at best, from one capture; an
         estimate.
@@ -76,6 +111,8 @@ class Certificate:
 
     bound_mse: float
     captures_mse: dict[int, float]
+    recaptures_mse: float
+    movement: Movement
     identified: float
     class_mean_mse: float
     trace_mse: float | None
@@ -101,15 +138,22 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
     sigma = network.settings.defence.sigma
     if network.seal is None or sigma == 0:
         return None
-    with torch.no_grad():
-        bounded = torch.cat([network.client(network.attack(chunk)) for chunk in frames.split(_CHUNK)])  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    clean = network.seal.round_clean(bounded)
-    bounds = {n: candidates_bound(clean, frames, labels, sigma / n**0.5, seed=seed) for n in CAPTURES}
-    fine = network.seal.bound / network.seal.steps <= sigma / FINE
+    seal = network.seal
+
+    @torch.no_grad()
+    def clean(frames: Tensor) -> Tensor:
+        bounded = [network.client(network.attack(chunk)) for chunk in torch.split(frames, _CHUNK)]
+        return seal.round_clean(torch.cat(bounded))
+
+    values = clean(frames)
+    bounds = {n: candidates_bound(values, frames, labels, sigma / n**0.5, seed=seed) for n in CAPTURES}
+    fine = seal.bound / seal.steps <= sigma / FINE
     trace, unbiased = fisher_bounds(network, frames, labels) if fine else (None, None)
     return Certificate(
         bound_mse=bounds[1][0],
         captures_mse={n: bound for n, (bound, _) in bounds.items()},
+        recaptures_mse=recaptures_bound(clean, frames, labels, sigma, seed=seed),
+        movement=MOVEMENT,
         identified=bounds[1][1],
         class_mean_mse=_class_mean_error(frames, labels),
         trace_mse=trace,
@@ -138,21 +182,77 @@ def candidates_bound(
     labels : Tensor, int64 [N]
     """
     generator = torch.Generator().manual_seed(seed)
+    values, pixels = clean.double().flatten(1), frames.double().flatten(1)
     draws = draws or max(_DRAWS, _SAMPLES // len(frames))
-    squared, found = torch.empty(draws, len(frames), dtype=torch.float64), 0.0
-    for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        own = (labels == label).nonzero().flatten()
-        values, pixels = clean[own].double().flatten(1), frames[own].double().flatten(1)
-        for draw in range(draws):
-            for rows in torch.arange(len(own)).split(_CHUNK):  # type: ignore[no-untyped-call]  # likewise
-                noise = torch.randn(len(rows), values.shape[1], generator=generator, dtype=torch.float64)
-                gaps = torch.cdist(values[rows] + sigma * noise, values).square()
-                weights = (-gaps / (2 * sigma**2)).softmax(1)
-                squared[draw, own[rows]] = (weights @ pixels - pixels[rows]).square().mean(1)
-                found += float(weights.amax(1).sum())
+    found = []
+    for some in torch.arange(draws).split(max(1, _SCENES // len(frames))):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        noise = torch.randn(len(some), *values.shape, generator=generator, dtype=torch.float64)
+        found.append(_choose(values, sigma * noise, pixels, labels, sigma))
+    squared, surest = (torch.cat(one) for one in zip(*found, strict=True))
     # The frames are given: what is random is each one's noise.
     deviation = float((squared.var(0).sum() / draws).sqrt()) / len(frames)
-    return max(0.0, float(squared.mean()) - 2 * deviation), found / squared.numel()
+    return max(0.0, float(squared.mean()) - 2 * deviation), float(surest.mean())
+
+
+def recaptures_bound(
+    clean: Callable[[Tensor], Tensor],
+    frames: Tensor,
+    labels: Tensor,
+    sigma: float,
+    movement: Movement = MOVEMENT,
+    *,
+    captures: int = CAPTURES[-1],
+    seed: int = 0,
+) -> float:
+    """Least mean squared error for an attacker of `candidates_bound` with captures of each frame that differ.
+
+    What several captures tell depends on which values each of them rounds to, of which the attacker knows but the law.
+    Here it is told that outright: for every frame of the list, the values before the noise of all captures that would
+    have been, had it been that one. Nobody with less can do better, and the best estimate is in closed form again. As
+    the noise is a function of the values, captures that round alike carry the same noise: of those one counts, and a
+    frame whose captures would coincide otherwise than the released ones is ruled out.
+
+    The expectation is estimated by draws of captures and noise, 4 for each frame and 1,000 in all at least; the result
+    is two standard errors lower.
+
+    Parameters
+    ----------
+    clean : callable
+        Frames [N, C, H, W] to their values before the noise, [N, k].
+    frames, labels : Tensor, [N, C, H, W] in 0..1, int64 [N]
+    """
+    pixels = frames.double().flatten(1)
+    errors = []
+    with reproducible(seed):
+        for _ in range(max(_DRAWS, _SCENES // len(frames))):
+            seen = movement.capture(frames.repeat(captures, 1, 1, 1))
+            codes = clean(seen).double().view(captures, len(frames), -1).transpose(0, 1)
+            alike = (codes[:, :, None] == codes[:, None]).all(3)
+            first = alike.int().argmax(2)  # for each capture, the first that rounds as it does
+            new = (first == torch.arange(captures))[:, :, None]
+            values = torch.cat(((codes * new).flatten(1), _APART * sigma * first), 1)
+            noise = torch.cat(((torch.randn_like(codes) * new).flatten(1), torch.zeros(first.shape)), 1)
+            errors.append(_choose(values, sigma * noise[None], pixels, labels, sigma)[0].mean())
+    means = torch.stack(errors)
+    return max(0.0, float(means.mean() - 2 * means.std() / len(means) ** 0.5))
+
+
+def _choose(
+    values: Tensor, noise: Tensor, pixels: Tensor, labels: Tensor, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Posterior means over each frame's class from `values + noise`: squared error, and the likeliest frame's share.
+
+    Both [D, N], for `values` [N, k] and `noise` [D, N, k].
+    """
+    squared, surest = torch.empty(2, *noise.shape[:2], dtype=torch.float64)
+    for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = (labels == label).nonzero().flatten()
+        for rows in own.split(_CHUNK):
+            gaps = torch.cdist(values[rows] + noise[:, rows], values[own]).square()
+            weights = (-gaps / (2 * sigma**2)).softmax(-1)
+            squared[:, rows] = (weights @ pixels[own] - pixels[rows]).square().mean(-1)
+            surest[:, rows] = weights.amax(-1)
+    return squared, surest
 
 
 def fisher_bounds(network: SplitNetwork, frames: Tensor, labels: Tensor) -> tuple[float, float]:

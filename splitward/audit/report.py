@@ -254,10 +254,15 @@ def _certificate(certificate: dict[str, Any] | None) -> list[str]:
         [what, f"{certificate[name]:.4f}"] for name, what in BOUNDS.items() if certificate.get(name) is not None
     ]
     figures += [
-        [f"the same with {captures} captures of each scene", f"{bound:.4f}"]
+        [f"the same with {captures} captures of each scene that are alike before the noise", f"{bound:.4f}"]
         for captures, bound in certificate.get("captures_mse", {}).items()
         if captures != "1"
     ]
+    if movement := certificate.get("movement"):
+        most = max(certificate["captures_mse"], key=int)
+        law = f"{movement['pixels']} pixel and a camera's noise of {movement['noise']:g}"
+        what = f"the same with {most} that differ by {law}"
+        figures.append([what, f"{certificate['recaptures_mse']:.4f}"])
     checked = [
         [one["attack"], str(one["targets"]), str(one["captures"]), f"{one['mse']:.4f}",
          f"{one['bound_mse']:.4f}", "yes" if one["broken"] else "no"]

@@ -53,7 +53,7 @@ from splitward.training.settings import RunSettings, split_settings
 
 _BUILT_IN = ("mnist", "phantom")
 TRAINING = {"cell": "training"}
-CERTIFICATE = {"cell": "certificate", "attacker": "knows the label"}
+CERTIFICATE = {"cell": "certificate", "captures": "alike, and such as differ"}
 MORE_BUDGET: Attacked = "deployed, more budget"
 """Path of the cell in which the strongest attack has `TIMES` its budget."""
 CERTIFIED_FRAMES = 2000

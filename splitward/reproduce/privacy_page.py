@@ -215,6 +215,11 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
             for count, bound in certificate["captures_mse"].items()
             if count != "1"
         )
+        movement = certificate["movement"]
+        captures += (
+            f"; {certificate['recaptures_mse']:.4f} from 8 that differ by {movement['pixels']} pixel and a camera's "
+            f"noise of {movement['noise']:g}"
+        )
         lines.append(
             f"Certificate, the least of {certificate['networks']} networks: no attacker who knows the label has an MSE "
             f"below {certificate['bound_mse']:.4f} ({captures}) on {certificate['frames']} held-out frames, where the "
@@ -230,17 +235,19 @@ def _recaptured(name: str, found: dict[str, Any]) -> list[str]:
     told = []
     for noise, pixels in sorted({(row["noise"], row["pixels"]) for row in rows}):
         alike = [row for row in rows if (row["noise"], row["pixels"]) == (noise, pixels)]
-        below = sum(row["below"] for row in alike)
         told.append(
             (f"{noise:g}", str(pixels), ", ".join(f"{row['codes']:.2f}" for row in alike),
              ", ".join(f"{row['mse']:.4f} ± {row['mse_error']:.4f}" for row in alike),
-             ", ".join(f"{row['bound_mse'][str(row['captures'])]:.4f}" for row in alike),
-             f"{below} of {len(alike)}")
+             ", ".join(f"{row['bound_mse']:.4f}" for row in alike),
+             ", ".join(f"{row['bound_alike_mse']:.4f}" for row in alike),
+             f"{sum(row['broken'] for row in alike)} of {len(alike)}")
         )  # fmt: skip
-    header = ("camera noise", "pixels moved", "codes of a scene", "MSE", "bound for 8 alike", "below it")
+    header = ("camera noise", "pixels moved", "codes of a scene", "MSE", "bound for these", "bound for 8 alike",
+              "bound for these broken")  # fmt: skip
     words = (
-        f"Captures that differ tell more than that bound says (`{found.get('command')}`): an attacker who knows the "
-        "label and holds the list of the scenes, from 8 captures of each under the device's key, network by network:\n"
+        f"Captures that differ tell more than captures that are alike (`{found.get('command')}`): an attacker who "
+        "knows the label and holds the list of the scenes, from 8 captures of each under the device's key, network by "
+        "network:\n"
     )
     return [words, table(header, told)] if told else []
 

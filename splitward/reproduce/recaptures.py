@@ -1,9 +1,9 @@
-"""What captures of one scene that differ tell together, beside what the certificate says of captures that are alike.
+"""What captures of one scene that differ tell an attacker together, beside what the certificate says of them.
 
 The noise of a release is a function of the rounded values, so captures that round alike carry the same noise, and their
 mean tells no more than one of them. Captures that differ, by the camera's noise or by a movement, round to several
-codes; which ones come, and how often, says where between the steps of the grid the scene lies. The certificate's bound
-for several captures leaves that out (`splitward.audit.certificate.ASSUMPTIONS`); here an attacker uses it.
+codes; which ones come, and how often, says where between the steps of the grid the scene lies. The certificate has a
+bound for those (`splitward.audit.certificate.recaptures_bound`); here an attacker tries to get below it.
 
 The attacker knows the label and the list of the scenes, as the certificate's does, and simulates the captures of each.
 Of the captures released under the device's key it sees each code with its noise once, and how often. Its estimate is
@@ -12,18 +12,17 @@ the posterior mean over the scenes of the class: one attack, so that a better on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitward.audit.case import make_case
-from splitward.audit.certificate import candidates_bound
+from splitward.audit.certificate import MOVEMENT, Movement, candidates_bound, recaptures_bound
 from splitward.audit.target import Target
 from splitward.data import Dataset
 from splitward.errors import AuditError
-from splitward.training.loop import reproducible, shifted
+from splitward.training.loop import reproducible
 
 CAPTURES = 8
 VIEWS = 200
@@ -32,29 +31,13 @@ _LEAST = 1e-12
 """Likelihood of a code that no simulated capture had."""
 
 
-@dataclass(frozen=True)
-class Movement:
-    """How captures of one scene differ.
-
-    Attributes
-    ----------
-    noise : float
-        Standard deviation of the camera's noise, of the range of a pixel.
-    pixels : int
-        By how much the scene moves at most in each direction, at random.
-    """
-
-    noise: float
-    pixels: int
-
-
-MOVEMENTS = (Movement(0.02, 0), Movement(0.05, 0), Movement(0.02, 1), Movement(0.05, 1))
+MOVEMENTS = (Movement(0.02, 0), Movement(0.05, 0), Movement(0.02, 1), MOVEMENT)
 
 
 def attack_recaptures(
     target: Target, dataset: Dataset, *, targets: int, movement: Movement, seed: int = 0, views: int = VIEWS
 ) -> dict[str, Any]:
-    """The attacker's error with `CAPTURES` captures that differ, beside the bounds for one and as many alike.
+    """The attacker's error with `CAPTURES` captures that differ, beside the bounds for these and for as many alike.
 
     Parameters
     ----------
@@ -66,8 +49,8 @@ def attack_recaptures(
     case, scenes = make_case(target, dataset, auxiliary=1, targets=targets, captures=1, seed=seed)
     clean, sigma = target.clean, target.law.sigma
     with reproducible(seed):
-        simulated = torch.stack([clean(_capture(scenes, movement)).double() for _ in range(views)], 1)
-        captured = torch.stack([clean(_capture(scenes, movement)).double() for _ in range(CAPTURES)], 1)
+        simulated = torch.stack([clean(movement.capture(scenes)).double() for _ in range(views)], 1)
+        captured = torch.stack([clean(movement.capture(scenes)).double() for _ in range(CAPTURES)], 1)
         errors = torch.empty(len(scenes), dtype=torch.float64)
         codes = 0
         for label in case.labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -82,20 +65,20 @@ def attack_recaptures(
                 )  # one noise for each code: it is keyed by the code
                 weights = known.score(released, times, sigma).softmax(0)
                 errors[index] = (weights @ pixels - pixels[row]).square().mean()
-    alike = {
-        count: candidates_bound(clean(scenes), scenes, case.labels, sigma / count**0.5, seed=seed)[0]
-        for count in (1, CAPTURES)
-    }
+    law, mse = (scenes, case.labels, sigma), float(errors.mean())
+    bound = recaptures_bound(clean, *law, movement, captures=CAPTURES, seed=seed)
+    alike, _ = candidates_bound(clean(scenes), scenes, case.labels, sigma / CAPTURES**0.5, seed=seed)
     return {
         "noise": movement.noise,
         "pixels": movement.pixels,
         "captures": CAPTURES,
         "targets": len(scenes),
         "codes": codes / len(scenes),
-        "mse": float(errors.mean()),
+        "mse": mse,
         "mse_error": float(errors.std() / len(errors) ** 0.5),
-        "bound_mse": {str(count): bound for count, bound in alike.items()},
-        "below": float(errors.mean()) < alike[CAPTURES],
+        "bound_mse": bound,
+        "bound_alike_mse": alike,
+        "broken": mse < bound,
     }
 
 
@@ -120,9 +103,3 @@ class _Codes:
             summed.index_add_(0, self._scene, (logs - highest).exp())
             total += (summed + _LEAST).log()
         return total
-
-
-def _capture(scenes: Tensor, movement: Movement) -> Tensor:
-    """A capture of each scene, in the steps of a camera's eight bits."""
-    seen = shifted(scenes, movement.pixels) + movement.noise * torch.randn_like(scenes)
-    return (seen.clamp(0, 1) * 255).round() / 255

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from splitward.audit.certificate import candidates_bound, certify, fisher_bounds
+from splitward.audit.certificate import Movement, candidates_bound, certify, fisher_bounds, recaptures_bound
 from splitward.data import phantom
 from splitward.method.split import SplitNetwork
 from splitward.training.loop import frames_of, to_unit
@@ -104,7 +104,71 @@ def test_more_captures_and_less_noise_lower_the_bound(sealed):
     assert certificate is not None
     assert 0 <= certificate.captures_mse[8] <= certificate.captures_mse[1] == certificate.bound_mse
     assert certificate.bound_mse <= certificate.class_mean_mse * 1.5
+    assert 0 <= certificate.recaptures_mse <= certificate.bound_mse
     assert certificate.to_dict()["captures_mse"].keys() == {"1", "8"}
+    assert certificate.to_dict()["movement"] == {"noise": 0.05, "pixels": 1}
+
+
+@pytest.fixture
+def scenes() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(60, 1, 8, 8, generator=generator), torch.arange(60) % 2
+
+
+def first_values(frames: torch.Tensor) -> torch.Tensor:
+    """Released as they are: the first row of each frame."""
+    return frames[:, 0, 0]
+
+
+STILL, UNSTEADY = Movement(0, 0), Movement(0.02, 0)
+
+
+def test_captures_of_a_scene_that_nothing_moves_are_one(scenes):
+    """The noise is a function of the values: the same values again say nothing new."""
+    seen = (scenes[0] * 255).round() / 255  # as a camera has them
+    bound = recaptures_bound(first_values, seen, scenes[1], 0.3, STILL)
+    assert bound == pytest.approx(candidates_bound(first_values(seen), seen, scenes[1], 0.3)[0], rel=0.08)
+
+
+def test_captures_that_all_round_apart_have_noise_of_their_own(scenes):
+    """Where a camera's noise is small beside the release's, eight tell as much as one with the noise of their mean."""
+    bound = recaptures_bound(first_values, *scenes, 1.0, UNSTEADY)
+    alike, _ = candidates_bound(first_values(scenes[0]), *scenes, 1.0 / 8**0.5)
+    assert bound == pytest.approx(alike, rel=0.08)
+    assert bound < 0.9 * recaptures_bound(first_values, *scenes, 1.0, STILL)
+
+
+def test_which_captures_coincide_gives_a_scene_away_whatever_the_noise(scenes):
+    """One half of the scenes lies at an edge of the grid, where captures round apart; noise does not hide which."""
+    frames, labels = torch.zeros(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64)
+    frames[10:] = 0.5
+
+    def one_step(seen: torch.Tensor) -> torch.Tensor:
+        return (seen.mean((1, 2, 3)) > 0.5).float()[:, None]
+
+    still, unsteady = (
+        recaptures_bound(one_step, frames, labels, 1e3, movement) for movement in (STILL, UNSTEADY)
+    )
+    assert still == pytest.approx(0.0625, rel=0.01)
+    assert unsteady < 0.01 * still
+
+
+def test_an_attacker_who_knows_the_movement_is_above_the_bound(scenes):
+    """The posterior mean over the scenes from the mean of what was released, which is blind to coincidences."""
+    frames, labels = scenes
+    movement, sigma = Movement(0.1, 1), 0.5
+    bound = recaptures_bound(first_values, frames, labels, sigma, movement, captures=4)
+    generator, errors = torch.manual_seed(1), []
+    for _ in range(20):
+        values = [first_values(movement.capture(frames)) for _ in range(4)]
+        seen = torch.stack([one + sigma * torch.randn(one.shape, generator=generator) for one in values]).mean(
+            0
+        )
+        same = labels[:, None] == labels
+        gaps = torch.cdist(seen, torch.stack(values).mean(0)).square().masked_fill(~same, torch.inf)
+        weights = (-gaps * 4 / (2 * sigma**2)).softmax(1)
+        errors.append(float((weights @ frames.flatten(1) - frames.flatten(1)).square().mean()))
+    assert sum(errors) / len(errors) >= bound > 0
 
 
 def test_the_trace_bound_is_exact_for_a_linear_gaussian_release():
