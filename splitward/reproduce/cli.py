@@ -131,7 +131,7 @@ def _recaptures(arguments: argparse.Namespace) -> int:
     from splitward.audit.target import open_target
     from splitward.reproduce.plan import PLANS, TARGET_SEEDS
     from splitward.reproduce.privacy import open_plan
-    from splitward.reproduce.recaptures import MOVEMENTS, attack_recaptures
+    from splitward.reproduce.recaptures import MOVEMENTS, attack_recaptures, decode_recaptures
     from splitward.training.run import write_atomically
     from splitward.versions import versions
 
@@ -142,10 +142,12 @@ def _recaptures(arguments: argparse.Namespace) -> int:
             if folder.exists():
                 target, plan = open_target(folder), PLANS[name]
                 dataset = open_plan(plan, arguments.data, seed)
-                found[folder.name] = [
+                rows = [
                     attack_recaptures(target, dataset, targets=plan.targets, movement=one, seed=seed)
                     for one in MOVEMENTS
                 ]
+                rows[-1]["decoder"] = decode_recaptures(target, dataset, plan, MOVEMENTS[-1], seed=seed)
+                found[folder.name] = rows
                 sys.stdout.write(f"{folder.name}: {json.dumps(found[folder.name])}\n")
     out = arguments.out / "recaptures.json"
     text = json.dumps({**found, "command": RECAPTURES, "versions": versions()}, indent=2)

@@ -34,7 +34,9 @@ def privacy_page(results: dict[str, Any]) -> str:
     for name, plan in PLANS.items():
         if name in results:
             parts.append(_data_set(name, results[name], _schedule(plan)))
-            parts += _recaptured(name, results.get("recaptures", {}))
+            parts += _recaptured(
+                name, results[name]["defences"].get("sealed", {}), results.get("recaptures", {})
+            )
     if fsha := results.get("fsha"):
         parts.append(_fsha(fsha))
     return "\n".join(parts)
@@ -229,7 +231,7 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _recaptured(name: str, found: dict[str, Any]) -> list[str]:
+def _recaptured(name: str, sealed: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What captures that differ tell, over the networks of a data set for which it was measured."""
     rows = [row for network, rows in found.items() if network.startswith(f"{name}-sealed-") for row in rows]
     told = []
@@ -249,7 +251,17 @@ def _recaptured(name: str, found: dict[str, Any]) -> list[str]:
         "knows the label and holds the list of the scenes, from 8 captures of each under the device's key, network by "
         "network:\n"
     )
-    return [words, table(header, told)] if told else []
+    if not told:
+        return []
+    decoded = [row for row in rows if "decoder" in row]
+    alike = sealed["attacks"]["averaging-residual"]
+    ssim, mse = (", ".join(f"{row['decoder'][what]:.4f}" for row in decoded) for what in ("ssim", "mse"))
+    more = (
+        "Without the list, but with images of its own: `averaging-residual`, from the mean of 8 captures that differ "
+        f"as in the last line, has SSIM {ssim} and MSE {mse}. From 8 that are alike it has {alike['ssim']:.4f} and "
+        f"{alike['mse']:.4f}.\n"
+    )
+    return [words, table(header, told), more]
 
 
 def _fsha(found: dict[str, Any]) -> str:

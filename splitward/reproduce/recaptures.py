@@ -7,24 +7,29 @@ bound for those (`splitward.audit.certificate.recaptures_bound`); here an attack
 
 The attacker knows the label and the list of the scenes, as the certificate's does, and simulates the captures of each.
 Of the captures released under the device's key it sees each code with its noise once, and how often. Its estimate is
-the posterior mean over the scenes of the class: one attack, so that a better one may have a lower error.
+the posterior mean over the scenes of the class: one attack, so that a better one may have a lower error. Another has no
+list but images of its own: the suite's decoder of the mean of several captures, which here differ
+(`decode_recaptures`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from splitward.audit.attacks import QUICK
 from splitward.audit.case import make_case
 from splitward.audit.certificate import MOVEMENT, Movement, candidates_bound, recaptures_bound
+from splitward.audit.measure import draw_floors, measure
 from splitward.audit.target import Target
 from splitward.data import Dataset
 from splitward.errors import AuditError
+from splitward.reproduce.plan import CAPTURES, Plan
 from splitward.training.loop import reproducible
 
-CAPTURES = 8
 VIEWS = 200
 """Captures of each scene that the attacker simulates (our choice)."""
 _LEAST = 1e-12
@@ -80,6 +85,29 @@ def attack_recaptures(
         "bound_alike_mse": alike,
         "broken": mse < bound,
     }
+
+
+def decode_recaptures(
+    target: Target, dataset: Dataset, plan: Plan, movement: Movement = MOVEMENT, *, seed: int = 0
+) -> dict[str, Any]:
+    """What `averaging-residual` gets from the mean of `CAPTURES` captures that differ, each with noise of its own.
+
+    The case is the grid's for the same target and seed, so that the figures can be laid beside its.
+    """
+    case, scenes = make_case(
+        target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed
+    )
+
+    def release(frames: Tensor, generator: torch.Generator) -> Tensor:
+        return target.release(movement.capture(frames), generator)
+
+    generator = torch.Generator().manual_seed(seed)
+    with reproducible(seed):
+        captures = torch.stack([release(scenes, generator) for _ in range(CAPTURES)])
+    moved = replace(case, released=captures[0], captures=captures, release=release)
+    reconstructed = QUICK["averaging-residual"].reconstruct(moved, 0)
+    found = measure(reconstructed, scenes, case.labels, draw_floors(case))
+    return {what: found[what]["mean"] for what in ("ssim", "mse")}
 
 
 class _Codes:

@@ -7,12 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from splitward.audit.attack import Case
+from splitward.audit.attacks import QUICK
+from splitward.audit.case import make_case
 from splitward.audit.certificate import Movement
 from splitward.audit.target import Target, _of_network
 from splitward.data import phantom
 from splitward.errors import AuditError
 from splitward.method.split import SplitNetwork
-from splitward.reproduce.recaptures import _Codes, attack_recaptures
+from splitward.reproduce.plan import CAPTURES, Plan
+from splitward.reproduce.recaptures import _Codes, attack_recaptures, decode_recaptures
 from splitward.training.settings import split_settings
 
 
@@ -56,3 +60,28 @@ def test_how_often_a_code_comes_tells_scenes_apart_that_have_the_same_codes():
 def test_a_release_without_noise_is_refused(dataset, target):
     with pytest.raises(AuditError, match="releases no noise"):
         attack_recaptures(replace(target, clean=None), dataset, targets=10, movement=Movement(0, 0))
+
+
+class Spy:
+    """Keeps the case that it is given, and gives the mean image back."""
+
+    def reconstruct(self, case: Case, _seed: int) -> torch.Tensor:
+        self.case = case
+        return case.auxiliary.mean(0, keepdim=True).expand(len(case.labels), -1, -1, -1)
+
+
+def test_the_decoder_has_captures_that_differ_and_practises_on_such(dataset, target, monkeypatch):
+    spy = Spy()
+    monkeypatch.setitem(QUICK, "averaging-residual", spy)
+    plan = Plan("phantom", "phantom", "mass", 28, epochs=1, batch=64, shift=1, auxiliary=30, targets=10)
+    still, _ = make_case(target, dataset, auxiliary=30, targets=10, captures=CAPTURES, seed=0)
+    found = decode_recaptures(target, dataset, plan, Movement(0, 0))
+    assert 0 < found["ssim"] < 1
+    assert found["mse"] > 0
+    # Nothing moves: only a camera's eight bits are between these and the grid's own.
+    assert (spy.case.captures - still.captures).abs().mean() < 0.1 * still.captures.std()
+    decode_recaptures(target, dataset, plan, Movement(0.2, 2))
+    assert (spy.case.captures - still.captures).abs().mean() > 0.1 * still.captures.std()
+    frames, noise = spy.case.auxiliary, torch.Generator()
+    released = [spy.case.release(frames, noise.manual_seed(0)) for _ in range(2)]
+    assert not torch.equal(*released)  # of the same noise: the captures differ
