@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
@@ -68,7 +69,7 @@ def export_run(run: Run, dataset: Dataset, target: Path, key: Ed25519PrivateKey)
     found = check_parity(network, law, clients, saliency, parity, parity_labels)
     files = {f"client-{name}.{_extension(name)}": data for name, data in clients.items()}
     files |= {f"saliency.{_extension(name)}": data for name, data in saliency.items()}
-    files |= _golden(network, parity[:1])
+    files |= _golden(network)
     held_out, held_out_labels = _drawn(dataset.validation, CERTIFIED_FRAMES)
     certificate = certify(network, held_out, torch.from_numpy(held_out_labels))
     manifest = bundles.Manifest(
@@ -141,9 +142,16 @@ def _client_graphs(network: SplitNetwork, calibration: torch.Tensor) -> dict[str
     }
 
 
-def _golden(network: SplitNetwork, frame: torch.Tensor) -> dict[str, bytes]:
-    """One real frame and its activation, on which a device proves its runtime before it goes to work."""
+def _golden(network: SplitNetwork) -> dict[str, bytes]:
+    """A frame and its activation, on which a device proves its runtime before it goes to work.
+
+    Drawn and not captured: bundles go to every device and to the cloud, and hold nobody's image. It is smooth, as
+    images are, so that int8 is in its range.
+    """
+    settings = network.settings.network
+    coarse = torch.rand(1, settings.channels, 7, 7, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
+        frame = F.interpolate(coarse, size=(settings.side, settings.side), mode="bilinear")
         activation = network.client(network.attack(frame))
     return {"golden_frame.npy": _npy(frame[0].numpy()), "golden_activation.npy": _npy(activation[0].numpy())}
 

@@ -193,10 +193,22 @@ def test_the_golden_pair_is_the_float32_networks_own(sealed):
         np.load(io.BytesIO(sealed.bundle.files[name]), allow_pickle=False)
         for name in sealed.bundle.manifest.golden
     )
-    np.testing.assert_array_equal(frame, to_unit(frames_of(sealed.dataset.validation))[0].numpy())
     with torch.no_grad():
         expected = sealed.network.client(sealed.network.attack(torch.from_numpy(frame[None])))[0].numpy()
     np.testing.assert_array_equal(activation, expected)
+
+
+def test_a_bundle_holds_nobodys_image(sealed):
+    """It goes to every device and to the cloud, which is whom the images are kept from."""
+    frame = np.load(
+        io.BytesIO(sealed.bundle.files[sealed.bundle.manifest.golden[0]]), allow_pickle=False
+    ).ravel()
+    splits = (sealed.dataset.train, sealed.dataset.validation, sealed.dataset.test)
+    images = torch.cat([to_unit(frames_of(split)) for split in splits]).flatten(1).numpy()
+    likeness = [abs(np.corrcoef(frame, image)[0, 1]) for image in images]
+    assert max(likeness) < 0.9
+    held = b"".join(sealed.bundle.files.values())
+    assert not [image for image in images if image[:64].tobytes() in held]
 
 
 @torch.no_grad()
