@@ -69,6 +69,7 @@ FINE = 10
 """So many steps of the grid before the noise are in a sigma, or it is no small thing beside it (our choice)."""
 _CHUNK = 250
 _DRAWS, _SAMPLES, _SCENES = 4, 20_000, 1000
+_NO_NOISE = 1e-9
 _APART = 1e3
 """So many sigma lie between frames whose captures do not coincide alike: as good as infinitely many."""
 ASSUMPTIONS = (
@@ -80,6 +81,9 @@ ASSUMPTIONS = (
     "own noise; or they differ as stated, each at random. Captures that differ by more can tell more together: which "
     "values they round to, and how often, says where between them the frame lies.",
     "Each frame is drawn independently of the others, and the attacker does not know how often each is sent.",
+    "The attacker sees no releases of this device's other scenes. The noise is a function of the values that it hides, "
+    "so that how often releases are equal tells how common their values are, and in the end which they are. For "
+    "whoever knows the values before the noise there is a bound of its own.",
     "The attacker has no release of a frame of its choice from this very device: the noise is a function of the "
     "frame's values, keyed by the device, so that whoever can feed it a frame and sees the release confirms a guess.",
 )
@@ -98,6 +102,9 @@ class Certificate:
     recaptures_mse : float
         The candidates bound for the most of these captures where they differ by `movement`.
     movement : Movement
+    values_mse : float
+        The candidates bound for an attacker who knows the values before the noise, as from all that a device ever
+        releases: what rounding and training have made one and the same. 0 where no two frames are.
     identified : float
         How often the attacker with the list and the label picks the right frame at best, from one capture; an
         estimate.
@@ -113,6 +120,7 @@ class Certificate:
     captures_mse: dict[int, float]
     recaptures_mse: float
     movement: Movement
+    values_mse: float
     identified: float
     class_mean_mse: float
     trace_mse: float | None
@@ -154,6 +162,7 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
         captures_mse={n: bound for n, (bound, _) in bounds.items()},
         recaptures_mse=recaptures_bound(clean, frames, labels, sigma, seed=seed),
         movement=MOVEMENT,
+        values_mse=candidates_bound(values, frames, labels, _NO_NOISE, draws=2, seed=seed)[0],
         identified=bounds[1][1],
         class_mean_mse=_class_mean_error(frames, labels),
         trace_mse=trace,

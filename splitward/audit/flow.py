@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +35,7 @@ from splitward.audit.summary import (
 )
 from splitward.audit.target import Target, open_target, undefended
 from splitward.data import Dataset, open_dataset
-from splitward.errors import AuditError
+from splitward.errors import AuditError, SplitwardError
 from splitward.training.loop import evaluate
 from splitward.training.run import open_run, write_atomically
 from splitward.versions import versions
@@ -113,8 +116,29 @@ def _open_data(target: Target, settings: AuditSettings) -> tuple[Dataset, bool]:
     else:
         size = settings.size or target.frame_shape[-1]
         dataset = open_dataset(settings.data, task=settings.task, size=size)
-        same = target.data is not None and settings.data == target.data[0]
+        same = target.data is not None and os.path.realpath(settings.data) == os.path.realpath(target.data[0])
+        if target.data is not None and not same:
+            _refuse_trained_on(target.data, settings.data, dataset)
     return dataset, same
+
+
+def _refuse_trained_on(own: tuple[str, str | None, int | None], given: str, dataset: Dataset) -> None:
+    """`AuditError` where images to be attacked, or to attack with, are among the run's training images."""
+    spec, task, size = own
+    try:
+        trained = {_digest(image) for image in open_dataset(spec, task=task, size=size).train.images}
+    except SplitwardError:  # the run's own data is not here, and nothing can be compared
+        return
+    held = [*dataset.validation.images, *dataset.test.images]
+    if shared := sum(_digest(image) in trained for image in held):
+        raise AuditError(
+            f"{given}: {shared} of its {len(held)} held-out images are among those that the run was trained on. Leave "
+            "--data out, or give images that it has not seen."
+        )
+
+
+def _digest(image: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def _shared(target: Target, dataset: Dataset, case: Case, originals: Tensor, sizes: Sizes) -> dict[str, Any]:

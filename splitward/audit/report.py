@@ -20,6 +20,7 @@ body { max-width: 72rem; }
 
 BOUNDS = {
     "bound_mse": "least MSE of any attacker, from one capture of each scene",
+    "values_mse": "least MSE of whoever knows the values before the noise",
     "identified": "how often an attacker who has the list of the targets finds the right one at best",
     "class_mean_mse": "for comparison: MSE of each class's mean over these targets",
     "trace_mse": "least MSE under a Gaussian prior for each class (a model, no promise)",

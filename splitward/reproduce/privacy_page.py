@@ -220,7 +220,8 @@ def _sealed(row: dict[str, Any], certificate: dict[str, Any] | None) -> str:
         movement = certificate["movement"]
         captures += (
             f"; {certificate['recaptures_mse']:.4f} from 8 that differ by {movement['pixels']} pixel and a camera's "
-            f"noise of {movement['noise']:g}"
+            f"noise of {movement['noise']:g}; {certificate['values_mse']:.4f} for whoever knows the values before the "
+            "noise"
         )
         lines.append(
             f"Certificate, the least of {certificate['networks']} networks: no attacker who knows the label has an MSE "

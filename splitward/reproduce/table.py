@@ -241,7 +241,14 @@ def _certificate(targets: list[list[Line]]) -> dict[str, Any] | None:
     return {
         **{
             key: round(min(one[key] for one in given), 6)
-            for key in ("bound_mse", "recaptures_mse", "class_mean_mse", "trace_mse", "unbiased_mse")
+            for key in (
+                "bound_mse",
+                "recaptures_mse",
+                "values_mse",
+                "class_mean_mse",
+                "trace_mse",
+                "unbiased_mse",
+            )
             if given[0][key] is not None
         },
         "identified": round(max(one["identified"] for one in given), 6),

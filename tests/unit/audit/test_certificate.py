@@ -105,8 +105,17 @@ def test_more_captures_and_less_noise_lower_the_bound(sealed):
     assert 0 <= certificate.captures_mse[8] <= certificate.captures_mse[1] == certificate.bound_mse
     assert certificate.bound_mse <= certificate.class_mean_mse * 1.5
     assert 0 <= certificate.recaptures_mse <= certificate.bound_mse
+    assert 0 <= certificate.values_mse <= certificate.captures_mse[8]
     assert certificate.to_dict()["captures_mse"].keys() == {"1", "8"}
     assert certificate.to_dict()["movement"] == {"noise": 0.05, "pixels": 1}
+
+
+def test_who_knows_the_values_has_the_mean_of_the_frames_that_share_them():
+    """From all that a device releases: 90 black frames have one code, 10 white ones the next."""
+    frames = torch.cat((torch.zeros(90, 1, 4, 4), torch.ones(5, 1, 4, 4), torch.full((5, 1, 4, 4), 0.5)))
+    codes = torch.cat((torch.zeros(90, 1), torch.full((10, 1), 0.5)))
+    bound, _ = candidates_bound(codes, frames, ALIKE[:100], 1e-9, draws=2)
+    assert bound == pytest.approx(0.1 * 0.25**2)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -147,6 +148,17 @@ def test_nothing_is_done_twice_and_nothing_is_mixed(audit, fake):
     assert second["attacks"] == first["attacks"]
     with pytest.raises(AuditError, match="another audit"):
         audit(attacks, targets=5)
+
+
+def test_images_that_the_run_was_trained_on_are_refused_wherever_they_come_from(audit, phantoms, monkeypatch):
+    """The same folder with more patients is split otherwise: training images are among its test images."""
+    mixed = replace(phantoms, validation=phantoms.train, test=phantoms.test)
+    found = {"phantom": phantoms, "phantom-of-today": mixed, "./phantom": phantoms}
+    monkeypatch.setattr(flow, "open_dataset", lambda spec, task, size: found[spec])
+    with pytest.raises(AuditError, match=rf"phantom-of-today: {len(phantoms.train)} of its .* are among those"):
+        audit(data="phantom-of-today")
+    _, results, _ = audit(data="./phantom")  # its own, however it is spelled
+    assert results["data"]["own"] is True
 
 
 def test_an_unknown_attack_is_refused(fake):
