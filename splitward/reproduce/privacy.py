@@ -36,6 +36,7 @@ from splitward.audit.metrics import roc_auc
 from splitward.audit.suite import Attacked, cell_key
 from splitward.audit.target import Target, open_target
 from splitward.data import Dataset, Split, open_dataset, split_by_patient
+from splitward.errors import AuditError
 from splitward.method.split import SplitSettings
 from splitward.reproduce.plan import (
     CAPTURES,
@@ -104,18 +105,30 @@ def _attack_target(grid: Grid, plan: Plan, defence: str, seed: int) -> None:
     began_s = time.monotonic()
     run = train(dataset, settings, grid.runs / grid.kind / name, progress=False)
     target = open_target(run.folder)
+    identity = {"weights": target.fingerprint, "data_sha256": dataset.digest()}
+    _check_identity(ledger, identity)
     case, originals = make_case(
         target, dataset, auxiliary=plan.auxiliary, targets=plan.targets, captures=CAPTURES, seed=seed
     )
     floors = draw_floors(case)
     if ledger.find(TRAINING) is None:
         ledger.append(TRAINING, _training(target, dataset, run.read_metrics(), case, originals, floors)
-                      | {"seconds": round(time.monotonic() - began_s, 1)})  # fmt: skip
+                      | identity | {"seconds": round(time.monotonic() - began_s, 1)})  # fmt: skip
     if sealed and ledger.find(CERTIFICATE) is None:
         ledger.append(CERTIFICATE, _certificate(target, dataset))
     while cells := _waiting(plan, defence, seed, ledger):
         for cell in cells:
             _run(cell, target, dataset, plan, case, originals, floors, ledger, seed)
+
+
+def _check_identity(ledger: Ledger, identity: dict[str, str]) -> None:
+    """`AuditError` where the cells that are done are of another network, or of other data."""
+    done = ledger.find(TRAINING) or {}
+    if strange := [what for what, value in identity.items() if done.get(what, value) != value]:
+        raise AuditError(
+            f"{ledger.path}: its cells are of another network or other data ({', '.join(strange)}). Give --runs the "
+            "folder with that network and --data that data, or remove the file to begin it anew."
+        )
 
 
 def _split_settings(plan: Plan, dataset: Dataset, defence: str) -> SplitSettings:

@@ -115,6 +115,28 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     return made
 
 
+def test_cells_of_another_network_are_not_joined(grid, tmp_path, monkeypatch):
+    """A ledger is kept, and the run folder is not: what is trained anew elsewhere may be another network."""
+    monkeypatch.setitem(
+        PLANS, "phantom", Plan("phantom", "phantom", "mass", 28, 1, 64, 1, auxiliary=120, targets=20)
+    )
+    monkeypatch.setattr(plan_module, "CORE", ("ridge",))
+    for module in (privacy, plan_module):
+        monkeypatch.setattr(module, "QUICK", {"ridge": Ridge()})
+    name = "privacy/phantom-label-0.jsonl"
+    (tmp_path / "privacy").mkdir()
+    lines = [json.loads(line) for line in (grid.out / name).read_text().splitlines()]
+    training = next(line for line in lines if line.get("key") == privacy.TRAINING)
+    training["result"]["weights"] = "0" * 64
+    (tmp_path / name).write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line is training or "key" not in line)
+    )
+    with pytest.raises(
+        AuditError, match=r"phantom-label-0.jsonl: its cells are of another network .*\(weights\)"
+    ):
+        run_grid(replace(grid, out=tmp_path, defences=("label",)))
+
+
 def test_the_table_has_the_keys_that_readers_rely_on(grid):
     found = json.loads((grid.out / "privacy.json").read_text())["phantom"]
     assert found["floors"].keys() == {"mean_image", "class_mean", "class_template"}
