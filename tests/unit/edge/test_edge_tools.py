@@ -120,6 +120,9 @@ def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -
         "tflite-float32",
         "tflite-int8",
     ]
+    fastest = min(report["variants"], key=lambda one: one["runtime_us_p50"])["variant"]
+    runtime = load_settings(settings).runtime
+    assert f"{runtime.backend}-{runtime.precision}" == fastest, "it is kept for the next start"
     for one in report["variants"]:
         assert one["error"] == ""
         assert 0 < one["runtime_us_p50"] <= one["runtime_us_p99"]
