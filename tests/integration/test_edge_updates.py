@@ -277,6 +277,25 @@ def test_a_bundle_whose_frames_fail_is_rolled_back(
         late.join(TIMEOUT_S)
 
 
+def test_a_bundle_that_is_gone_within_its_trial_is_rolled_back_to_the_one_before(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud
+) -> None:
+    config = settings(tmp_path, mosquitto, tiny_bundle, web)
+    models = ModelStore(config)
+    for name in ("second", "third"):
+        bundle = tiny_bundle.rewrite(tmp_path / name, name=name)
+        model = read_bundle(bundle.path, read_trusted_key(bundle.trusted_key)).model.hex()
+        models.take(bundle.path, model)
+        models.activate(model)
+        if name == "second":
+            models.accept()
+    models.path().unlink()
+    with cloud_at(mosquitto) as cloud, running(config):
+        cloud.wait(
+            lambda: "device-1" in cloud.statuses and cloud.statuses["device-1"][-1].model_name == "second"
+        )
+
+
 def test_a_bundle_that_crashes_the_releaser_is_rolled_back(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud, monkeypatch: Any
 ) -> None:
