@@ -15,7 +15,7 @@ from edge.errors import BackendError
 from edge.health import temperature_c
 from edge.models import ModelStore
 from edge.probe import ProbeReport, probe
-from edge.settings import change_remotely
+from edge.settings import choose_variant
 from edge.verify import TrustedKey
 from splitward.wire.bundle import read_bundle
 
@@ -58,7 +58,7 @@ def bench_device(config: EdgeConfig, frames: int) -> BenchReport:
     return BenchReport(_machine(), frames, before, temperature_c(), tuple(reports))
 
 
-def choose_variant(config: EdgeConfig, report: BenchReport) -> str:
+def choose_fastest(config: EdgeConfig, report: BenchReport) -> str:
     """Keep the fastest sound variant for the agent's next start; what was chosen, for a person.
 
     Raises
@@ -70,7 +70,7 @@ def choose_variant(config: EdgeConfig, report: BenchReport) -> str:
     if best is None:
         raise BackendError("no variant of the bundle runs on this board. `edge check` says why.")
     backend, _, precision = best.variant.partition("-")
-    change_remotely(config, {"runtime.backend": backend, "runtime.precision": precision})
+    choose_variant(config, backend, precision)
     return f"{best.variant} is chosen; it runs from the agent's next start."
 
 

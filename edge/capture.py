@@ -45,6 +45,8 @@ class Frame:
         Whether its source has it again after a crash.
     settle : callable or None
         To be called when the frame is safe in the spool.
+    fail : callable or None
+        To be called with a reason and a message where it cannot be released, in place of `settle`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Frame:
     priority: int = 0
     can_wait: bool = True
     settle: Callable[[], None] | None = None
+    fail: Callable[[str, str], None] | None = None
 
 
 class Source(Protocol):
@@ -118,12 +121,17 @@ class Capture:
         return any(one == own or one.startswith(own + "#") for one in self.poison)
 
     def take(
-        self, name: str, pixels: Pixels, digest: int | None = None, settle: Callable[[], None] | None = None
+        self,
+        name: str,
+        pixels: Pixels,
+        digest: int | None = None,
+        settle: Callable[[], None] | None = None,
+        fail: Callable[[str, str], None] | None = None,
     ) -> Frame:
         """Frame captured now; without a digest it is a live one."""
         return Frame(
             *(self.name(name), pixels, time.time_ns(), time.monotonic_ns(), digest),
-            *(self.config.priority, digest is not None, settle),
+            *(self.config.priority, digest is not None, settle, fail),
         )
 
     def pace(self, frames: Iterator[Frame], live: bool = False) -> Iterator[Frame]:

@@ -71,13 +71,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from edge.bench import bench_device, choose_variant, format_bench
+    from edge.bench import bench_device, choose_fastest, format_bench
 
     config = load_settings(options.config)
     figures = bench_device(config, options.frames)
     print(_json(figures) if options.json else format_bench(figures))
     if options.choose:
-        print(choose_variant(config, figures), file=sys.stderr)
+        print(choose_fastest(config, figures), file=sys.stderr)
     return 0
 
 

@@ -80,7 +80,8 @@ class CaptureConfig(Struct, frozen=True, kw_only=True):
         Keep looking for new files in the folder; otherwise the source ends with its last file.
     sort : bool
         Move a file to `done/` within its folder when its frames are safe in the spool, and to `failed/`, with
-        the reason beside it, when it cannot be read. Otherwise files stay where they are. A receiver always does.
+        the reason beside it, when it cannot be read or a frame of it not released. Otherwise files stay where they
+        are. A receiver always does.
     keep_done_s, keep_failed_s : float or None
         How long files stay in `done/` and `failed/`; 0 deletes a file at once. By default a folder's stay for ever;
         a receiver's are deleted at once when they are done, and after a week when they have failed.

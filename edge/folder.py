@@ -120,6 +120,19 @@ class FolderSource:
         if self.capture.is_poison(name):
             self._fail(path, modified_ns, "crashed", "reading or releasing it ended the releaser twice.")
             return
+        failure: dict[str, str] = {}
+        """Of a frame that could not be released: the file then is its only copy."""
+
+        def settle() -> None:
+            self._sort(path, modified_ns, failure)
+
+        def fail(reason: str, message: str) -> None:
+            failure.update(reason=reason, message=printable(message))
+
+        def fail_last(reason: str, message: str) -> None:
+            fail(reason, message)
+            settle()
+
         images = self.read(path)
         for index in itertools.count():
             try:
@@ -134,8 +147,11 @@ class FolderSource:
             if last:
                 self._remember(digest)
             if digest not in self.capture.known:
-                settle = (lambda: self._sort(path, modified_ns)) if last else None
-                yield self.capture.take(name if count == 1 else f"{name}#{index}", pixels, digest, settle)
+                yield self.capture.take(
+                    *(name if count == 1 else f"{name}#{index}", pixels, digest),
+                    settle=settle if last else None,
+                    fail=fail_last if last else fail,
+                )
             if last:
                 return
 
@@ -166,8 +182,8 @@ class FolderSource:
         name = self.capture.name(path.relative_to(self.path).as_posix())
         digest = digest_of(self._key(path, modified_ns))
         self._remember(digest)
-        self.capture.lose(reason, digest, name)
         self._sort(path, modified_ns, {"reason": reason, "message": printable(message)})
+        self.capture.lose(reason, digest, name)  # only now: what is known is filed as done at the next start
 
     def _sort(self, path: Path, modified_ns: int, failure: dict[str, str] | None = None) -> None:
         """Move a file to done/, or to failed/ with the reason beside it, or delete it if none is to be kept.

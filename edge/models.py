@@ -2,12 +2,11 @@
 
 They lie in `state_dir/models`, one file each, named by model id. `active.json` says which one runs; it is replaced
 atomically, so that a power cut at any moment leaves either the old bundle or the new one. Without it the bundle of
-the configuration runs; where it cannot be read none does, until a person has looked.
+the configuration runs; where it cannot be read, or names a bundle that is gone, none does, until a person has looked.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import msgspec
@@ -17,8 +16,6 @@ from edge.config import EdgeConfig
 from edge.errors import UpdateError
 from splitward.disk import make_folder, move_whole, write_whole
 from splitward.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 
 class Trial(Struct, frozen=True):
@@ -50,7 +47,7 @@ class ModelStore:
     Raises
     ------
     ConfigError
-        `active.json` is there and cannot be read.
+        `active.json` is there and cannot be read, or what it names is gone and was not on trial.
     """
 
     def __init__(self, config: EdgeConfig) -> None:
@@ -138,9 +135,13 @@ class ModelStore:
                 f"{path}: cannot be read ({error}), and it alone says which bundle runs. Let the agent's user read it, "
                 "or remove it to run the configured bundle."
             ) from error
-        if active.model and not self.path(active.model).exists():
-            log.error("%s: the bundle is gone; the configured one runs", self.path(active.model))
-            return Active()
+        file = self.path(active.model)
+        # One on trial may be gone: it cannot be read then, and is rolled back as such.
+        if active.model and active.trial is None and not file.exists():
+            raise ConfigError(
+                f"{file}: is gone, and {path} says that it runs. Put the file back, "
+                f"or remove {path} to run the configured bundle, which may be older."
+            )
         return active
 
     def _save(self, active: Active) -> None:

@@ -98,6 +98,9 @@ class Releaser:
         except (DataError, BackendError) as error:
             reason = "unreadable" if isinstance(error, DataError) else "not_released"
             log.warning("a frame is dropped: %s", reason, extra={"frame": frame.name, "error": str(error)})
+            # Before it is known as lost: what is known is filed as done at the next start.
+            if frame.fail is not None:
+                frame.fail(reason, f"{frame.name}: {error}")
             self._lose(reason, frame.digest, frame.name)
             if frame.can_wait:
                 self._give_back()

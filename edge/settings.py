@@ -1,4 +1,5 @@
-"""The agent's configuration from its sources: the file, then what signed orders changed, then the environment.
+"""The agent's configuration from its sources: the file, then what signed orders changed and what `edge bench` chose,
+then the environment.
 
 `SPLITWARD_EDGE__BROKER__HOST=broker.example.org` sets `broker.host`; values are TOML, or else text. Orders may change
 what stands in `REMOTE` and nothing else: neither who the device is, nor whom it trusts, nor what leaves it.
@@ -30,8 +31,6 @@ REMOTE = frozenset(
         "link.retry_max_s",
         "link.status_s",
         "link.window",
-        "runtime.backend",
-        "runtime.precision",
         "runtime.threads",
         "runtime.deadline_s",
         "spool.drop",
@@ -41,6 +40,9 @@ REMOTE = frozenset(
     }
 )
 """Settings that an order may change."""
+CHOSEN = frozenset({"runtime.backend", "runtime.precision"})
+"""Settings that a person at the device may keep beside those, and no order: another variant rounds to other clean
+values, so that the noise of a frame is drawn anew, and whoever could order one after another had the mean of them."""
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ) -> EdgeConfig:
@@ -77,11 +79,18 @@ def change_remotely(config: EdgeConfig, arguments: Mapping[str, Any]) -> None:
         As `with_changes`; then nothing is kept.
     """
     with_changes(config, arguments)
-    path = _remote_path(config)
-    kept = msgspec.json.encode({**(_read_remote(path) if path.exists() else {}), **arguments})
-    # As it will be read: a start that fails could not be ordered back.
-    with_changes(config, msgspec.json.decode(kept))
-    write_whole(path, kept)
+    _keep(config, arguments)
+
+
+def choose_variant(config: EdgeConfig, backend: str, precision: str) -> None:
+    """Keep the variant of the bundle that a person at the device chose, for the next start.
+
+    Raises
+    ------
+    ConfigError
+        There is no such variant, or what was kept before cannot be read.
+    """
+    _keep(config, {"runtime.backend": backend, "runtime.precision": precision})
 
 
 def with_changes(config: EdgeConfig, arguments: Mapping[str, Any]) -> EdgeConfig:
@@ -93,11 +102,27 @@ def with_changes(config: EdgeConfig, arguments: Mapping[str, Any]) -> EdgeConfig
         A key may not be changed from afar, or a value cannot be used.
     """
     for key in arguments:
+        if key in CHOSEN:
+            raise ConfigError(
+                f"order: '{key}' may not be changed from afar. Choose on the device: `edge bench --choose`."
+            )
         if key not in REMOTE:
             near = difflib.get_close_matches(key, REMOTE, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"These may: {', '.join(sorted(REMOTE))}."
             raise ConfigError(f"order: '{key}' may not be changed from afar. {hint}")
-    return build_config(_overlay(msgspec.to_builtins(config), arguments), EdgeConfig, where="order")
+    return _changed(config, arguments)
+
+
+def _changed(config: EdgeConfig, changes: Mapping[str, Any]) -> EdgeConfig:
+    return build_config(_overlay(msgspec.to_builtins(config), changes), EdgeConfig, where="order")
+
+
+def _keep(config: EdgeConfig, changes: Mapping[str, Any]) -> None:
+    path = _remote_path(config)
+    kept = msgspec.json.encode({**(_read_remote(path) if path.exists() else {}), **changes})
+    # As it will be read: a start that fails could not be ordered back.
+    _changed(config, msgspec.json.decode(kept))
+    write_whole(path, kept)
 
 
 def _remote_path(config: EdgeConfig) -> Path:
@@ -109,7 +134,7 @@ def _read_remote(path: Path) -> dict[str, Any]:
         values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path}: {error}. Remove it to go back to the configuration file.") from error
-    return {key: value for key, value in values.items() if key in REMOTE}
+    return {key: value for key, value in values.items() if key in REMOTE | CHOSEN}
 
 
 def _overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

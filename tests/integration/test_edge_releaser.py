@@ -22,6 +22,7 @@ from edge.errors import BackendError, CaptureError, ReleaserError
 from edge.supervisor import launch
 from firmware_sim.broker import Broker
 from firmware_sim.processes import children_of
+from splitward.wire.bundle import InputSpec
 from tests.integration.cloud_double import TIMEOUT_S, cloud_at, configure, read_answers, running, start_process
 
 
@@ -109,6 +110,25 @@ def test_a_frame_that_hangs_the_runtime_is_set_aside_and_the_others_go_on(
     assert len(list((images / "done").iterdir())) == 7
     assert json.loads((images / "failed" / "03.png.json").read_bytes())["reason"] == "crashed"
     assert not list(images.glob("*.png"))
+
+
+def test_a_frame_that_cannot_be_released_is_no_file_that_is_done(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
+) -> None:
+    padding = tiny_bundle.rewrite(tmp_path / "padding.bundle", input=InputSpec(1, 8, 8, fit="pad"))
+    images = tmp_path / "images"
+    write_images(images, 2, white=-1)
+    Image.fromarray(np.zeros((3000, 9000), np.uint8)).save(images / "long.png")
+    capture = CaptureConfig(kind="folder", path=str(images), sort=True, keep_done_s=0.0)
+    config = msgspec.structs.replace(configure(tmp_path, mosquitto, padding, 1), capture=capture)
+    with cloud_at(mosquitto):
+        for _ in range(2):
+            report = run_agent(config, until_answered=True)
+            assert report.dropped == {"unreadable": 1}
+            assert sorted(path.name for path in images.glob("**/*.*")) == ["long.png", "long.png.json"]
+            failure = json.loads((images / "failed" / "long.png.json").read_bytes())
+            assert failure["reason"] == "unreadable"
+            assert failure["message"].startswith("long.png: ")
 
 
 def test_a_frame_that_ends_the_releaser_is_set_aside_though_the_agent_ends_with_it(

@@ -277,6 +277,25 @@ def test_a_bundle_whose_frames_fail_is_rolled_back(
         late.join(TIMEOUT_S)
 
 
+def test_a_bundle_that_is_gone_within_its_trial_is_rolled_back_to_the_one_before(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud
+) -> None:
+    config = settings(tmp_path, mosquitto, tiny_bundle, web)
+    models = ModelStore(config)
+    for name in ("second", "third"):
+        bundle = tiny_bundle.rewrite(tmp_path / name, name=name)
+        model = read_bundle(bundle.path, read_trusted_key(bundle.trusted_key)).model.hex()
+        models.take(bundle.path, model)
+        models.activate(model)
+        if name == "second":
+            models.accept()
+    models.path().unlink()
+    with cloud_at(mosquitto) as cloud, running(config):
+        cloud.wait(
+            lambda: "device-1" in cloud.statuses and cloud.statuses["device-1"][-1].model_name == "second"
+        )
+
+
 def test_a_bundle_that_crashes_the_releaser_is_rolled_back(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud, monkeypatch: Any
 ) -> None:
@@ -382,7 +401,7 @@ def test_a_power_cut_at_each_step_leaves_a_working_model(
 def test_orders_that_are_not_the_clouds_or_come_again_are_not_followed(
     tmp_path: Path, mosquitto: Broker, tiny_bundle: Any, web: HttpsCloud
 ) -> None:
-    tiny_bundle = tiny_bundle.rewrite(tmp_path / "onnx.bundle", client={"onnx-float32": "client.onnx"})
+    tiny_bundle = tiny_bundle.rewrite(tmp_path / "own.bundle")
     config = settings(tmp_path, mosquitto, tiny_bundle, web)
     with cloud_at(mosquitto) as cloud, running(config):
         cloud.wait(lambda: "device-1" in cloud.statuses)
@@ -390,9 +409,12 @@ def test_orders_that_are_not_the_clouds_or_come_again_are_not_followed(
         cloud.order(forged, Ed25519PrivateKey.generate())
         refused = cloud.outcome_of(command(cloud, web, 10, "configure", **{"broker.host": "evil.example.org"}))
         assert (refused.state, refused.reason) == ("refused", "bad_setting")
-        unusable = cloud.outcome_of(command(cloud, web, 11, "configure", **{"runtime.precision": "int8"}))
+        cloud.wait(lambda: cloud.statuses["device-1"][-1].model_name == "tiny")
+        gone = tiny_bundle.path.rename(tmp_path / "gone")  # a runtime that does not run: the seam is its bundle
+        unusable = cloud.outcome_of(command(cloud, web, 11, "configure", **{"runtime.threads": 2}))
+        gone.rename(tiny_bundle.path)
         assert (unusable.state, unusable.reason) == ("refused", "bad_setting")
-        assert "it has onnx-float32" in unusable.message
+        assert "is not a whole bundle" in unusable.message
         assert not (Path(config.device.state_dir) / "remote.json").exists()
         old = cloud.outcome_of(command(cloud, web, 9, "restart"))
         assert (old.state, old.reason) == ("refused", "old_order")

@@ -140,6 +140,24 @@ def test_files_are_sorted_when_their_frames_are_safe_and_not_before(tmp_path: Pa
     assert len(list((tmp_path / "done").glob("a*.png"))) == 2, "a file of the same name is not replaced"
 
 
+@pytest.mark.parametrize("lost", [0, 2], ids=["a middle frame", "the last frame"])
+def test_a_file_with_a_frame_that_cannot_be_released_has_failed(tmp_path: Path, lost: int) -> None:
+    write_dicom(tmp_path / "a.dcm", np.zeros((3, 8, 8), np.uint8), NumberOfFrames=3)
+    config: Any = {"kind": "dicom", "path": str(tmp_path), "sort": True, "keep_done_s": 0.0}
+    frames = Setting().frames(**config)
+    assert frames[lost].fail is not None
+    frames[lost].fail("not_released", "no longer bounded")
+    assert (tmp_path / "a.dcm").exists() == (lost == 0), "it is sorted with its last frame"
+    if lost == 0:
+        assert frames[-1].settle is not None
+        frames[-1].settle()
+    known = frozenset(frame.digest for frame in frames if frame.digest is not None)
+    assert Setting(known).frames(**config) == []
+    assert (tmp_path / "failed" / "a.dcm").exists(), "the only copy of a lost frame"
+    failure = json.loads((tmp_path / "failed" / "a.dcm.json").read_bytes())
+    assert failure == {"reason": "not_released", "message": "no longer bounded"}
+
+
 def test_a_file_that_is_replaced_is_not_sorted_for_the_one_before(tmp_path: Path) -> None:
     config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
     latest = tmp_path / "latest.png"

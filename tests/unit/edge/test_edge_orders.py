@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge.config import DeviceConfig, EdgeConfig, UpdateConfig
 from edge.models import ModelStore
 from edge.orders import KEPT, OrderBook
-from edge.settings import REMOTE, change_remotely, load_settings
+from edge.settings import CHOSEN, REMOTE, change_remotely, choose_variant, load_settings
 from edge.updates import Done, Updates
 from splitward.errors import ConfigError
 from splitward.wire.control import Outcome
@@ -283,6 +283,8 @@ def test_an_order_s_changes_are_found_where_the_environment_puts_the_state(tmp_p
     [
         ({"broker.host": "evil"}, "may not be changed from afar"),
         ({"device.trusted_key": "x"}, "may not be changed"),
+        ({"runtime.backend": "tflite"}, "'runtime.backend' may not be changed from afar. Choose on the device"),
+        ({"link.window": 3, "runtime.precision": "int8"}, "'runtime.precision' may not be changed from afar"),
         ({"link.windwo": 3}, r"Did you mean 'link\.window'"),
         ({"link.window": "many"}, "window"),
         ({"link.status_s": 5.0, "spool.drop": "all"}, "drop"),
@@ -298,9 +300,22 @@ def test_an_order_changes_what_is_safe_or_nothing(tmp_path: Path, arguments: dic
     assert not (tmp_path / "remote.json").exists()
 
 
+def test_a_variant_is_chosen_on_the_device_and_outlives_orders(tmp_path: Path) -> None:
+    """Another variant draws another noise for the same frame: whoever could order each in turn had their mean."""
+    file = tmp_path / "edge.toml"
+    file.write_text(f'[device]\nstate_dir = "{tmp_path}"\n')
+    choose_variant(load_settings(file, {}), "tflite", "int8")
+    change_remotely(load_settings(file, {}), {"link.window": 3})
+    for precision in ("float32", "int8"):
+        with pytest.raises(ConfigError, match="edge bench --choose"):
+            change_remotely(load_settings(file, {}), {"runtime.precision": precision})
+    config = load_settings(file, {})
+    assert (config.runtime.backend, config.runtime.precision, config.link.window) == ("tflite", "int8", 3)
+
+
 def test_every_remote_setting_exists() -> None:
     values = msgspec.to_builtins(EdgeConfig())
-    for key in REMOTE:
+    for key in REMOTE | CHOSEN:
         table, _, name = key.partition(".")
         assert name in values[table], key
     assert not any(key.startswith(("device.", "broker.", "cloud.", "update.")) for key in REMOTE)

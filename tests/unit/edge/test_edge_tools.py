@@ -20,6 +20,7 @@ from edge.agent import run_agent
 from edge.cli import main
 from edge.config import EdgeConfig
 from edge.install import EXAMPLE, STATE
+from edge.models import ModelStore
 from edge.settings import load_settings
 from edge.system.health import main as health_of_container
 from edge.system.site import AGENT_ID
@@ -120,6 +121,9 @@ def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -
         "tflite-float32",
         "tflite-int8",
     ]
+    fastest = min(report["variants"], key=lambda one: one["runtime_us_p50"])["variant"]
+    runtime = load_settings(settings).runtime
+    assert f"{runtime.backend}-{runtime.precision}" == fastest, "it is kept for the next start"
     for one in report["variants"]:
         assert one["error"] == ""
         assert 0 < one["runtime_us_p50"] <= one["runtime_us_p99"]
@@ -199,6 +203,26 @@ def test_no_bundle_runs_where_nothing_says_which(settings: Path, tmp_path: Path,
     assert main(["run", "--config", str(settings)]) == 2
     assert "active.json: cannot be read" in capsys.readouterr().err
     assert main(["diagnostics", "--config", str(settings), "--out", str(tmp_path)]) == 0, "now they are needed"
+
+
+def test_the_configured_bundle_does_not_stand_in_for_one_that_is_gone(
+    settings: Path, tmp_path: Path, tiny_bundle: Any, capsys: Any
+) -> None:
+    second = tiny_bundle.rewrite(tmp_path / "second.bundle", name="second", created_at="2026-03-01T00:00:00Z")
+    asked = ["--config", str(settings)]
+    assert main(["model", "install", *asked, str(second.path)]) == 0
+    models = ModelStore(load_settings(settings))
+    models.accept()
+    models.path().unlink()
+    capsys.readouterr()
+    said = f"{models.path()}: is gone"
+    assert main(["run", *asked]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["check", *asked]) == 1
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if said in one]
+    assert line.startswith("fail  bundle")
+    shutil.copy(second.path, models.path())
+    assert ModelStore(load_settings(settings)).path() == models.path()
 
 
 def test_a_port_that_is_taken_costs_the_metrics_and_not_the_agent(settings: Path, caplog: Any) -> None:
