@@ -66,5 +66,5 @@ class Authority:
         return builder.add_extension(x509.SubjectAlternativeName(others), critical=False) if others else builder
 
     def _write(self, name: str, data: bytes) -> None:
-        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)

@@ -40,6 +40,7 @@ from firmware_sim.authority import Authority
 from firmware_sim.broker import HOST, Broker, start_broker
 from firmware_sim.database import Postgres, start_postgres
 from firmware_sim.errors import ScenarioError
+from firmware_sim.fleet import clear_device
 from firmware_sim.processes import FAKETIME, SimulatedCloud, SimulatedDevice
 from firmware_sim.proxy import FaultProxy, Toxics
 from firmware_sim.scenario import Event, Scenario, plan, toxics_of
@@ -208,7 +209,7 @@ def run_chaos(
     bundle, trusted_key : Path
         The bundle, its server card beside it.
     folder : Path, optional
-        For the devices, the store and the logs, which then stay; a temporary one by default.
+        For the devices, the store and the logs, which then stay until the next run there; a temporary one by default.
 
     Raises
     ------
@@ -231,6 +232,8 @@ def run_chaos(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="splitward-chaos-")))
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob("cloud.db*"), folder / "cloud.log"]:
+            leftover.unlink(missing_ok=True)
         authority = _certify(folder / "certificates", scenario) if scenario.tls else None
         broker = stack.enter_context(start_broker(certificates=None if authority is None else authority.folder))
         proxy = stack.enter_context(FaultProxy(broker.port, seed=scenario.seed))
@@ -242,6 +245,7 @@ def run_chaos(
         devices = []
         for number, (images, names) in enumerate(_deal(frames, scenario)):
             place = folder / _name(number)
+            clear_device(place)
             stack.enter_context(_disk(place / "state", scenario.disk_bytes if "disk_full" in kinds else 0))
             np.savez(place / "frames.npz", images=images, names=np.array(names))
             clock = place / "clock" if "clock_jump" in kinds else None

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     fleet.add_argument("--variants", type=lambda text: text.split(","), metavar="onnx-float32,tflite-int8,...")
     fleet.add_argument("--bundle", metavar="FILE")
     fleet.add_argument("--trusted-key", metavar="FILE")
-    fleet.add_argument("--folder", metavar="FOLDER", help="where the devices live")
+    fleet.add_argument(
+        "--folder", metavar="FOLDER", help="where the devices live, in the place of an earlier run's"
+    )
     fleet.add_argument("--rate-hz", type=float, metavar="HZ", help="0: as fast as results come")
     fleet.add_argument("--timeout-s", type=float, metavar="S")
     fleet.add_argument("--host", metavar="HOST")
@@ -132,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         path = Path("demo", file)
         chaos.add_argument(f"--{flag}", type=Path, default=path, metavar="FILE", help=f"default: {path}")
-    chaos.add_argument("--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays")
+    chaos.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="where the devices live; it stays until the next run"
+    )
     chaos.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     chaos.set_defaults(run=_chaos)
     load = commands.add_parser(

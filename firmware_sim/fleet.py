@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ class FleetConfig(Struct, frozen=True, kw_only=True):
     variants : tuple of str
         Backend and precision, given to the devices in turn.
     folder : str
-        Gets one folder for each device: configuration, state, log and results.
+        Gets one folder for each device: configuration, state, log and results, in the place of an earlier run's.
     timeout_s : float
         After this the devices are stopped, and what has no result is lost.
     """
@@ -109,6 +110,7 @@ class _Device:
         self.frames = names
         self.folder = Path(config.folder).resolve() / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
+        clear_device(self.folder)
         recording = self.folder / "frames.npz"
         np.savez(recording, images=images, names=np.array(names))
         self._settings = self.folder / "edge.toml"
@@ -235,6 +237,17 @@ def format_report(report: FleetReport) -> str:
 
 def _percentile(values: list[float], percent: float) -> float | None:
     return round(float(np.percentile(values, percent)), 3) if values else None
+
+
+def clear_device(folder: Path) -> None:
+    """Delete what an earlier run's agent left in a device's folder.
+
+    By that state it would capture none of the same frames again, and those results would be reported as this run's.
+    """
+    if (folder / "state").exists():
+        shutil.rmtree(folder / "state")
+    for name in ("results.jsonl", "agent.log"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def to_toml(config: EdgeConfig) -> str:

@@ -20,7 +20,7 @@ from edge.config import (
     SpoolConfig,
 )
 from edge.results import read_results
-from firmware_sim.broker import Broker
+from firmware_sim.broker import Broker, free_port
 from firmware_sim.fleet import FleetConfig, run_fleet
 from splitward.errors import BundleError
 from splitward.wire.bundle import read_bundle, read_trusted_key
@@ -207,6 +207,30 @@ def test_a_fleet_loses_nothing(tmp_path: Path, mosquitto: Broker, tiny_bundle: A
     assert [one.variant for one in report.devices] == list(config.variants)
     assert sum(one.results for one in report.devices) == 31
     assert (tmp_path / "fleet" / "device-1" / "state" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_fleet_that_runs_again_reports_nothing_of_the_run_before(
+    tmp_path: Path, mosquitto: Broker, tiny_bundle: Any
+) -> None:
+    config = FleetConfig(
+        devices=1,
+        frames=str(write_frames(tmp_path / "frames.npz", 5)),
+        bundle=str(tiny_bundle.path),
+        trusted_key=str(tiny_bundle.trusted_key),
+        folder=str(tmp_path / "fleet"),
+        broker=BrokerConfig(host=mosquitto.host, port=mosquitto.port),
+        timeout_s=TIMEOUT_S,
+    )
+    with cloud_at(mosquitto) as cloud:
+        for run in (1, 2):
+            report = run_fleet(config)
+            assert report.complete
+            assert (report.devices[0].results, len(cloud.answers)) == (5, 5 * run)
+    away = BrokerConfig(host=mosquitto.host, port=free_port())
+    report = run_fleet(msgspec.structs.replace(config, broker=away, timeout_s=5.0))
+    assert not report.complete
+    (device,) = report.devices
+    assert (device.results, device.lost, device.latency_p50_ms) == (0, 5, None)
 
 
 def test_hundreds_of_light_devices_are_answered(tmp_path: Path, mosquitto: Broker, tiny_bundle: Any) -> None:

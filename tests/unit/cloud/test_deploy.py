@@ -40,6 +40,12 @@ def manifests() -> list[dict[str, Any]]:
     return [one for one in found if one["kind"] != "Kustomization"]
 
 
+def commands(page: str) -> list[str]:
+    """Lines of a page's console blocks."""
+    blocks = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    return [line.strip() for block in blocks for line in block.split("\n")]
+
+
 def alerts() -> list[dict[str, Any]]:
     groups = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
@@ -79,11 +85,7 @@ def test_every_file_that_is_mounted_is_there_or_made_by_the_operator() -> None:
 
 def test_certificates_are_made_where_the_services_authority_lies_and_for_whom_they_serve() -> None:
     page = (ROOT / "docs" / "cloud.md").read_text()
-    shell = [
-        line.strip()
-        for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL)
-        for line in block.split("\n")
-    ]
+    shell = commands(page)
     made = [line for line in shell if " certify " in line]
     outs = [line.rpartition(" ")[2] for line in made]
     assert outs == ["/certificates/broker", "/certificates/cloud"]
@@ -101,6 +103,29 @@ def test_certificates_are_made_where_the_services_authority_lies_and_for_whom_th
     assert taken_over > shell.index(made[-1])
     state_dir = Path(read_cloud_config(DEPLOY / "cloud" / "cloud.toml").fleet.state_dir)
     assert f"fleet:{state_dir.parent}" in services["cloud"]["volumes"]
+
+
+def test_prometheus_can_read_the_authority_when_it_starts_and_its_token_after() -> None:
+    """Without `ca_file` at its start it makes no scrape pool, and never tries again; a token it reads each time."""
+    before, up, after = (ROOT / "docs" / "cloud.md").read_text().partition("`docker compose up -d`")
+    assert up
+    (scraped,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    authority, token = scraped["tls_config"]["ca_file"], scraped["authorization"]["credentials_file"]
+    prometheus = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"]
+    assert f"./certificates/prometheus:{Path(authority).parent}:ro" in prometheus["volumes"]
+    assert Path(token).parent == Path(authority).parent
+    nobodys = "-o 65534 -g 65534"  # the image's user, and no capability to read what is not its own
+    folder = "deploy/certificates/prometheus"
+    shell = commands(before)
+    copied = shell.index(
+        f"sudo install -m 400 {nobodys} deploy/certificates/cloud/{Path(authority).name} {folder}"
+    )
+    assert shell.index(f"sudo install -d -m 700 {nobodys} {folder}") < copied
+    assert copied > max(index for index, line in enumerate(shell) if " cloud certify cloud " in line)
+    made, restarted = commands(after)[:2]
+    assert " token prometheus --scope read | " in made
+    assert made.endswith(f"sudo install -m 400 {nobodys} /dev/stdin {folder}/{Path(token).name}")
+    assert restarted == "docker compose restart prometheus"
 
 
 @pytest.mark.parametrize("manifest", manifests(), ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
