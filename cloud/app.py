@@ -55,7 +55,7 @@ def create_app(
     Raises
     ------
     ConfigError, BundleError
-        The store's URL, the TLS files or a model cannot be used.
+        The store's URL, the TLS files, the engine's device or a model cannot be used.
     """
     tracing = Tracing(config.trace, config.broker.client_id)
     service = _assemble(config, tracing, transport, engine)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cloud.config import EngineConfig
 from cloud.metrics import CpuClock
-from cloud.server_half import Scores, load_half
+from cloud.server_half import Scores, check_device, load_half
 from splitward.wire.server import ServerCard, read_server_card
 
 SIZE_STEP = 4
@@ -99,9 +99,12 @@ class LocalEngine:
     ------
     BundleError
         A card or its weights cannot be used.
+    ConfigError
+        Torch cannot compute on the configured device.
     """
 
     def __init__(self, paths: Iterable[str], batch_size: int, config: EngineConfig, clock: CpuClock) -> None:
+        check_device(config.device)
         cards = [read_server_card(Path(path)) for path in paths]
         self.cards: Mapping[bytes, ServerCard] = {bytes.fromhex(card.model): card for card, _ in cards}
         self._weights = {bytes.fromhex(card.model): weights for card, weights in cards}

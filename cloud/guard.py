@@ -23,6 +23,7 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+METHODS = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
 UPLOAD = "/v1/bundles"
 """The only body that may be larger; the registry bounds it."""
 
@@ -42,6 +43,8 @@ class Guard:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         identifier = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        # anybody may send any word as a method, and Prometheus keeps a counter for each
+        method = scope["method"] if scope["method"] in METHODS else "other"
         status = taken = 0
 
         async def send_guarded(message: Message) -> None:
@@ -49,7 +52,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(SECURITY_HEADERS | {"X-Request-ID": identifier})
-                self._requests.labels(scope["method"][:16], status).inc()
+                self._requests.labels(method, status).inc()
             await send(message)
 
         async def receive_bounded() -> Message:
@@ -62,7 +65,7 @@ class Guard:
 
         token = request_id.set(identifier)
         try:
-            with self._tracing.span("request", method=scope["method"][:16], request_id=identifier) as span:
+            with self._tracing.span("request", method=method, request_id=identifier) as span:
                 await self._app(scope, receive_bounded, send_guarded)
                 if span is not None:  # the route is a pattern: no device, no query
                     span.set_attributes({"route": getattr(scope.get("route"), "path", ""), "status": status})

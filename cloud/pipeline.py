@@ -201,8 +201,8 @@ class Pipeline:
             self._measure(records)
             self._reply(arrivals, answers, {record.key for record in records})
 
-    async def _decide(self, card: ServerCard, arrivals: list[Arrival]) -> Answers:
-        """Record of each arrival, or why it can never have one."""
+    async def _decide(self, card: ServerCard, arrivals: list[Arrival], *, again: bool = False) -> Answers:
+        """Record of each arrival, or why it can never have one; `again` says that it failed alone before."""
         stacked = np.stack([arrival.activation.values for arrival in arrivals])
         values = dequantise(stacked, card.release.scale)
         self._metrics.batch_size.observe(len(arrivals))
@@ -213,8 +213,10 @@ class Pipeline:
             raise  # the engine knows that it is not the batch's fault
         except Exception as error:  # noqa: BLE001  # whatever a network raises, the service goes on
             await self._probe(card, error)
-            if len(arrivals) == 1:
+            if again:
                 return {arrivals[0].key: MessageError("engine_failed", f"the server half failed: {error}.")}
+            if len(arrivals) == 1:  # refused, it would be lost; a want of memory passes
+                return await self._decide(card, arrivals, again=True)
             half = len(arrivals) // 2  # isolates the one that fails, in few steps
             return await self._decide(card, arrivals[:half]) | await self._decide(card, arrivals[half:])
         self._metrics.inferences.labels(card.name).inc(len(arrivals))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from splitward.errors import BundleError
+from splitward.errors import BundleError, ConfigError
 from splitward.wire.control import STREAMS
 from splitward.wire.server import ServerCard
 
@@ -46,6 +46,22 @@ class LoadedHalf(Protocol):
 
     def run(self, activations: NDArray[np.float32]) -> Scores:
         """Scores of `activations`, float32 [B, *shape]."""
+
+
+def check_device(device: str) -> None:
+    """`ConfigError` where torch cannot compute on `device` as `TorchHalf` would."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1).to(device).cpu().pin_memory()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's own differ by device
+        fault = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"engine.device {device!r}: torch cannot compute there: {fault}. "
+            'Give "cpu", or install the driver and the build of torch for this device.'
+        ) from error
 
 
 class TorchHalf:

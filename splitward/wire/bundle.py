@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -31,11 +32,18 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 MAX_FILE_BYTES = 256 << 20
 MAX_FILES = 64
+MAX_DIRECTORY_BYTES = 64 << 10
+"""Of the zip's directory: a KiB for each file."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 """What `zipfile` raises on bytes that are no whole zip."""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """`zipfile` unpacks the others without minding the declared size: 500 bytes of bzip2 take 300 MiB."""
+_END = struct.Struct("<4s8xL6x")
+"""The record at a zip's end: its magic, and the size of the directory."""
+_END_MAGIC, _LOCATOR_MAGIC = b"PK\5\6", b"PK\6\7"
+_LOCATOR_BYTES = 20
+"""Of what stands before the end record where a ZIP64 record has the true sizes."""
 
 
 class InputSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -155,10 +163,36 @@ def read_bundle(path: Path, trusted: Ed25519PublicKey | SignatureCheck) -> Bundl
         `extra_file`, `oversize` or `bad_hash`.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(archive, path, trusted)
+        with path.open("rb") as file:
+            _check_directory(file, path)
+            with zipfile.ZipFile(file) as archive:
+                return _read(archive, path, trusted)
     except _DAMAGE as error:
         raise BundleError("unreadable", f"{path}: is not a whole bundle: {error}. Fetch it again.") from error
+
+
+def _check_directory(file: IO[bytes], path: Path) -> None:
+    """Refuse a large directory before `zipfile` reads it, and makes an object of each entry: 65 MB of them take 600.
+
+    How much it reads is what the end record says of the size, not of the count. The record is searched for as there.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - _LOCATOR_BYTES - _END.size - (1 << 16)))
+    tail = file.read()
+    at = len(tail) - _END.size
+    if tail[-_END.size :][:4] != _END_MAGIC or tail[-2:] != b"\0\0":  # a comment follows the record
+        at = tail.rfind(_END_MAGIC)
+    if not 0 <= at <= len(tail) - _END.size:
+        raise BundleError("unreadable", f"{path}: is not a whole bundle: it has no end. Fetch it again.")
+    if tail[at - _LOCATOR_BYTES : at][:4] == _LOCATOR_MAGIC:
+        raise BundleError("unreadable", f"{path}: is a ZIP64; take a bundle made by `splitward export`.")
+    _, size = _END.unpack_from(tail, at)
+    if size > MAX_DIRECTORY_BYTES:
+        raise BundleError(
+            "extra_file",
+            f"{path}: its directory has {size} bytes, too many for {MAX_FILES} files; "
+            "take a bundle made by `splitward export`.",
+        )
 
 
 def _read(archive: zipfile.ZipFile, path: Path, trusted: Ed25519PublicKey | SignatureCheck) -> Bundle:

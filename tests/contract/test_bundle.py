@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+import struct
 import tracemalloc
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ from splitward.errors import BundleError, ConfigError
 from splitward.wire.bundle import (
     FORMAT,
     MANIFEST,
+    MAX_DIRECTORY_BYTES,
     MAX_FILE_BYTES,
     MAX_FILES,
     SIGNATURE,
@@ -264,6 +266,50 @@ def test_a_bomb_is_not_unpacked_beyond_what_it_declares(name: str, method: int, 
     deflated = {MANIFEST: "bad_signature", "client.onnx": "bad_hash"}[name]
     assert reason == (deflated if method == zipfile.ZIP_DEFLATED else "unreadable")
     assert peak_bytes < 4 << 20
+
+
+def crowd(entries: int, comment: bytes = b"", *, counted: int = 1, zip64: bool = False) -> bytes:
+    """A zip that is a directory of `entries` and the records at its end, which say that there are `counted`."""
+    rest = (20, 0, 20, 0, 0, 0, 0, 33, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0)
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", *rest)
+    made = b"".join(entry + f"{number:04x}".encode() for number in range(entries))
+    size, start = len(made), 0
+    if zip64:
+        made += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, counted, counted, size, start)
+        made += struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+        size = start = 0xFFFFFFFF
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, counted, counted, size, start, len(comment))
+    return made + end + comment
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+@pytest.mark.parametrize("counted", [1, 60_000])
+@pytest.mark.parametrize("comment", [b"", b"\0\0", b"c" * 20 + b"\0\0", b"c" * 0xFFFF], ids=len)
+def test_a_large_directory_is_not_read(zip64: bool, counted: int, comment: bytes, tmp_path: Path) -> None:
+    (tmp_path / "crowd").write_bytes(crowd(60_000, comment, counted=counted, zip64=zip64))
+    tracemalloc.start()
+    try:
+        reason = refusal(tmp_path / "crowd")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert reason == ("unreadable" if zip64 else "extra_file")
+    assert peak_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_the_limit_of_the_directory(spare: int, tmp_path: Path) -> None:
+    (tmp_path / "crowd").write_bytes(crowd(MAX_DIRECTORY_BYTES // 50 + spare))
+    with pytest.raises(BundleError, match="its directory has" if spare else "holds over 64 files") as refused:
+        read_bundle(tmp_path / "crowd", KEY.public_key())
+    assert refused.value.reason == "extra_file"
+
+
+@pytest.mark.parametrize("length", [1, 0xFFFF])
+def test_a_comment_behind_the_directory_means_nothing(bundle: Path, length: int) -> None:
+    with zipfile.ZipFile(bundle, "a") as archive:
+        archive.comment = b"c" * length
+    assert read_bundle(bundle, KEY.public_key()).files == FILES
 
 
 def test_a_signed_size_beyond_the_limit(tmp_path: Path) -> None:

@@ -139,6 +139,23 @@ def test_a_start_without_the_apis_tls_files_says_so(write, tmp_path, capsys, mad
     assert line.startswith(f"api.cert {tmp_path}/api.pem")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "graphics", "", "meta"])
+def test_a_device_on_which_torch_cannot_compute_is_told_in_one_line(write, tmp_path, capsys, device):
+    text = f"""
+        models = []
+        [engine]
+        device = "{device}"
+        [store]
+        url = "sqlite+aiosqlite:///{tmp_path}/cloud.db"
+        [fleet]
+        state_dir = "{tmp_path}/fleet"
+    """
+    assert main(["--config", str(write(text))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"engine.device {device!r}: torch cannot compute there: ")
+    assert 'Give "cpu"' in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [

@@ -172,6 +172,16 @@ async def test_a_body_is_bounded_and_every_answer_has_an_id(run_cloud):
     assert named.headers["x-request-id"] == "mine"
 
 
+async def test_methods_that_a_stranger_makes_up_are_counted_as_one(run_cloud):
+    async with run_cloud(api=ApiConfig()) as cloud:
+        for method in ("PROPFIND", *(f"X{number}" for number in range(20))):
+            await cloud.http.request(method, "/v1/results", headers={"Host": "evil.example"})
+        await cloud.http.get("/v1/results")
+        (family,) = (one for one in cloud.parts.metrics.registry.collect() if one.name == "splitward_requests")
+    counted = {one.labels["method"]: one.value for one in family.samples if one.name.endswith("_total")}
+    assert counted == {"other": 21, "GET": 1}
+
+
 async def test_what_is_logged_within_a_request_tells_its_id(run_cloud, monkeypatch):
     lines = []
 

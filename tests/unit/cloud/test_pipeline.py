@@ -206,6 +206,38 @@ async def test_an_activation_that_breaks_the_engine_is_refused_and_its_company_i
     assert all(isinstance(replies[n], Result) for n in (0, 1, 3))
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+async def test_a_failure_that_passes_costs_no_frame(cloud, monkeypatch, frames):
+    infer, failures = cloud.engine.infer, iter(range(frames))
+
+    async def fails_at_first(model, activations):
+        if activations.any() and next(failures, None) is not None:  # never on the probe
+            raise RuntimeError("CUDA out of memory")
+        return await infer(model, activations)
+
+    monkeypatch.setattr(cloud.engine, "infer", fails_at_first)
+    cloud.engine.gate.clear()
+    waits = [await cloud.send(cloud.activation(n), answered=False) for n in range(frames)]
+    cloud.engine.gate.set()
+    await asyncio.wait_for(asyncio.gather(*(d.done.wait() for d in waits)), 5)
+    assert [type(reply) for _, reply in cloud.transport.published] == [Result] * frames
+
+
+async def test_an_engine_that_is_gone_when_a_frame_is_tried_again_costs_no_frame(cloud, monkeypatch):
+    infer, calls = cloud.engine.infer, []
+
+    async def dies_after_the_probe(model, activations):
+        calls.append(activations)
+        if len(calls) in (1, 3, 4):  # the frame, the frame again, and the probe after it
+            raise RuntimeError("CUDA error")
+        return await infer(model, activations)
+
+    monkeypatch.setattr(cloud.engine, "infer", dies_after_the_probe)
+    await cloud.send(cloud.activation())
+    assert isinstance(cloud.transport.published[0][1], Result)
+    assert cloud.metric("splitward_failures_total", part="engine") == 1
+
+
 async def test_scores_that_are_no_numbers_are_refused(cloud, monkeypatch):
     infer = cloud.engine.infer
 
