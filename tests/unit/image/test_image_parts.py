@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.system.site import SiteConfig, apply_site
 from splitward.errors import ImageError
 from splitward.image import debian, wheels
 from splitward.image.check import sign_checksum, verify_image
@@ -20,6 +22,7 @@ from splitward.image.disk import DISK_ID, MIB, _partition_table, partition_offse
 from splitward.image.kernel import _Archive, _closure
 from splitward.image.keys import create_update_key
 from splitward.image.prune import prune
+from splitward.image.root import FILES
 from splitward.image.sbom import format_sbom
 from splitward.wire.bundle import create_signing_key, public_key_path
 
@@ -110,6 +113,23 @@ def test_the_agent_needs_nothing_that_a_device_is_not_given(tmp_path: Path) -> N
     assert Path(said.stdout.strip()).parent == tmp_path / "edge"
     recipe = (wheels.SOURCE / "Dockerfile.arm64").read_text()
     assert [part for part in wheels.AGENT if f" {part} " not in recipe] == []
+
+
+def test_root_s_ssh_keys_lie_where_no_unit_gives_and_takes_them(tmp_path: Path) -> None:
+    settings = dict(
+        line.split(maxsplit=1)
+        for line in (FILES / "root/etc/ssh/sshd_config").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    keys = Path(settings["AuthorizedKeysFile"])
+    apply_site(SiteConfig(ssh_keys=("ssh-ed25519 AAAA someone",)), tmp_path)
+    assert (tmp_path / keys.relative_to("/")).read_text() == "ssh-ed25519 AAAA someone\n"
+    units = [*(wheels.SOURCE / "edge/systemd").glob("*.service"), *(FILES / "root").rglob("*.service")]
+    assert len(units) > 3
+    for unit in units:
+        # systemd gives such a folder to the unit's user when it starts, and deletes it when it ends.
+        for given in re.findall(r"^RuntimeDirectory=(.*)$", unit.read_text(), re.MULTILINE):
+            assert not any(keys.is_relative_to(Path("/run") / name) for name in given.split()), unit.name
 
 
 def test_the_bill_of_materials_is_cyclonedx_and_the_same_each_time() -> None:
