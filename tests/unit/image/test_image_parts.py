@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -130,6 +131,39 @@ def test_root_s_ssh_keys_lie_where_no_unit_gives_and_takes_them(tmp_path: Path) 
         # systemd gives such a folder to the unit's user when it starts, and deletes it when it ends.
         for given in re.findall(r"^RuntimeDirectory=(.*)$", unit.read_text(), re.MULTILINE):
             assert not any(keys.is_relative_to(Path("/run") / name) for name in given.split()), unit.name
+
+
+def test_a_power_cut_leaves_a_whole_host_key_or_none(tmp_path: Path) -> None:
+    unit = (FILES / "root/etc/systemd/system/splitward-ssh-key.service").read_text()
+    (name,) = re.findall(r"^ConditionFileNotEmpty=!/data/ssh/(.*)$", unit, re.MULTILINE)
+    steps = [shlex.split(line) for line in re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)]
+
+    def start(folder: Path, steps: list[list[str]]) -> None:
+        """Take these steps; then a cut empties what was not flushed."""
+        flushed: set[int] = set()
+        for step in steps:
+            program, *words = [word.replace("/data/ssh", str(folder)) for word in step]
+            if program == "/usr/bin/ssh-keygen":
+                for path in (Path(words[-1]), Path(words[-1] + ".pub")):
+                    assert not path.exists(), "it would ask whether to overwrite it"
+                    path.write_text("key")
+                continue
+            subprocess.run([Path(program).name, *words], check=True)
+            if program == "/usr/bin/sync":
+                flushed.update(Path(word).stat().st_ino for word in words)
+        for path in folder.iterdir():
+            if path.stat().st_ino not in flushed:
+                path.write_text("")
+
+    for cut in range(len(steps) + 1):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / name).touch()  # what a cut left of an earlier version's key
+        start(folder, steps[:cut])
+        if not (folder / name).read_text():
+            start(folder, steps)
+        assert (folder / name).read_text() == "key"
+    assert steps[-1] == ["/usr/bin/sync", "/data/ssh"], "its name, too"
 
 
 def test_the_bill_of_materials_is_cyclonedx_and_the_same_each_time() -> None:
