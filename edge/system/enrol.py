@@ -40,7 +40,7 @@ def enrol_device(site: SiteConfig, root: Path) -> bool:
 def main() -> int:
     """Enrol, and start the agent; 1 when it has to be tried again."""
     try:
-        site = read_site(KEPT)
+        site = read_site(KEPT) if KEPT.exists() else SiteConfig()  # none yet was without a mistake
         if enrol_device(site, Path("/")):
             print(f"enrolled as {site.enrolment.device if site.enrolment else ''}")
             subprocess.run(["systemctl", "--no-block", "start", "splitward-edge.service"], check=False)

@@ -1,7 +1,8 @@
 """site.toml: what a person says of one device on the card's open partition, applied at every start.
 
 The root forgets what is written to it, so the file is the only place where these settings live. A file with a
-mistake is answered with `site-error.txt` beside it, and the last good one stays in force.
+mistake, be it one that only the agent would notice, is answered with `site-error.txt` beside it, and the last good one
+stays in force. Where there is none, what can be read of either lets a person in, and the agent is not started.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
-from splitward.config import format_toml, read_config, read_toml
+from edge.config import EdgeConfig
+from splitward.config import build_config, format_toml, read_config, read_toml
 from splitward.disk import move_whole, write_whole
 from splitward.errors import ConfigError
 from splitward.wire.names import NAME
@@ -108,7 +111,7 @@ class SiteConfig(Struct, frozen=True, kw_only=True):
     ssh_keys : tuple of str
         Public keys that may log in as root; none by default, and no password ever.
     agent : dict
-        Tables of edge.toml; the agent checks them itself.
+        Tables of edge.toml.
     """
 
     format: Literal[1] = 1
@@ -121,8 +124,10 @@ class SiteConfig(Struct, frozen=True, kw_only=True):
 
 
 def read_site(path: Path) -> SiteConfig:
-    """Settings held by the file at `path`; `ConfigError` says what is wrong with it."""
-    return read_config(path, SiteConfig)
+    """Settings held by the file at `path`; `ConfigError` says what is wrong with it, or with the agent's tables."""
+    site = read_config(path, SiteConfig)
+    build_config(agent_settings(site), EdgeConfig, where=f"{path}, [agent]")
+    return site
 
 
 def agent_settings(site: SiteConfig, enrolled: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -132,8 +137,8 @@ def agent_settings(site: SiteConfig, enrolled: dict[str, Any] | None = None) -> 
         given["device"].pop(name, None)
     tables = {name: dict(values) if isinstance(values, dict) else values for name, values in site.agent.items()}
     for name, values in given.items():
-        whole = {**DEFAULTS.get(name, {}), **values, **tables.get(name, {})}
-        if whole:
+        own = tables.get(name, {})
+        if isinstance(own, dict) and (whole := {**DEFAULTS.get(name, {}), **values, **own}):
             tables[name] = whole
     return tables
 
@@ -148,12 +153,8 @@ def write_agent_settings(site: SiteConfig, root: Path) -> bool:
     return True
 
 
-def apply_site(site: SiteConfig, root: Path) -> None:
-    """Write the files that `site` stands for below `root`."""
-    hosts = f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n"
-    write_whole(root / "etc/hostname", f"{site.hostname}\n".encode(), 0o644)
-    write_whole(root / "etc/hosts", hosts.encode(), 0o644)
-    write_agent_settings(site, root)
+def apply_site(site: SiteConfig, root: Path, with_agent: bool = True) -> None:
+    """Write the files that `site` stands for below `root`: first what lets a person in, edge.toml last."""
     keys = "".join(f"{key}\n" for key in site.ssh_keys)
     write_whole(root / "run/splitward/authorized_keys", keys.encode(), 0o644)
     network = site.network
@@ -161,8 +162,41 @@ def apply_site(site: SiteConfig, root: Path) -> None:
         write_whole(root / "etc/systemd/network/70-site.network", _network_file(network).encode(), 0o644)
     if network.wifi is not None:
         write_whole(root / "etc/wpa_supplicant/wpa_supplicant-wlan0.conf", _wifi_file(network.wifi).encode())
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {site.hostname}\n::1 localhost ip6-localhost\n"
+    write_whole(root / "etc/hostname", f"{site.hostname}\n".encode(), 0o644)
+    write_whole(root / "etc/hosts", hosts.encode(), 0o644)
     if site.update is not None:
         write_whole(root / "etc/splitward/update.toml", format_toml(asdict(site.update)).encode(), 0o644)
+    if with_agent:
+        write_agent_settings(site, root)
+
+
+def take_site(boot: Path, kept: Path, root: Path) -> SiteConfig:
+    """Apply `boot`/site.toml below `root` and keep it at `kept`; say what is wrong with it, and apply the kept one.
+
+    Where neither can be used, one whose only mistake is in the agent's tables still says who may log in, and how the
+    device is reached; of one that cannot be read at all the defaults do. The agent then gets no settings: with others
+    than its own, a system update that refuses them would look like one that works.
+    """
+    given, complaint = boot / "site.toml", boot / "site-error.txt"
+    paths, mistakes = [given, kept] if kept.exists() else [given], list[str]()
+    usable = _first_of(paths, read_site, mistakes)
+    site = usable or _first_of(paths, lambda path: read_config(path, SiteConfig), mistakes) or SiteConfig()
+    apply_site(site, root, with_agent=usable is not None)
+    if not mistakes:
+        complaint.unlink(missing_ok=True)
+        if not kept.exists() or kept.read_bytes() != given.read_bytes():
+            write_whole(kept, given.read_bytes())
+        return site
+    if usable is None:
+        mistakes.append(
+            "The agent is not started: no settings for it can be used. Correct site.toml, and restart."
+        )
+    text = "".join(f"{mistake}\n" for mistake in mistakes)
+    print(f"site.toml is not used: {text}", end="", file=sys.stderr)
+    if not complaint.exists() or complaint.read_text(errors="replace") != text:
+        complaint.write_text(text)
+    return site
 
 
 def take_imports(boot: Path, state: Path) -> list[str]:
@@ -193,20 +227,8 @@ def take_imports(boot: Path, state: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Apply the site.toml of the boot partition that is mounted at the first argument."""
-    boot, kept = Path(arguments[0]), KEPT
-    complaint = boot / "site-error.txt"
-    try:
-        site = read_site(boot / "site.toml")
-    except ConfigError as error:
-        print(f"site.toml is not used: {error}", file=sys.stderr)
-        if not complaint.exists() or complaint.read_text(errors="replace") != f"{error}\n":
-            complaint.write_text(f"{error}\n")
-        site = read_site(kept) if kept.exists() else SiteConfig()
-    else:
-        complaint.unlink(missing_ok=True)
-        if not kept.exists() or kept.read_bytes() != (boot / "site.toml").read_bytes():
-            write_whole(kept, (boot / "site.toml").read_bytes())
-    apply_site(site, Path("/"))
+    boot = Path(arguments[0])
+    site = take_site(boot, KEPT, Path("/"))
     Path("/proc/sys/kernel/hostname").write_text(site.hostname)
     taken = take_imports(boot, Path("/var/lib/splitward"))
     if site.network.wifi is not None:
@@ -215,6 +237,17 @@ def main(arguments: list[str]) -> int:
         f"site.toml applied: {site.hostname}, {len(site.ssh_keys)} SSH keys, imported: {', '.join(taken) or 'nothing'}"
     )
     return 0
+
+
+def _first_of(paths: list[Path], read: Callable[[Path], SiteConfig], mistakes: list[str]) -> SiteConfig | None:
+    """The first that can be read; what is wrong with those before it joins `mistakes`."""
+    for path in paths:
+        try:
+            return read(path)
+        except ConfigError as error:  # noqa: PERF203  # of two files
+            if str(error) not in mistakes:
+                mistakes.append(str(error))
+    return None
 
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -15,12 +15,11 @@ from typing import Literal
 import msgspec
 from cryptography.hazmat.primitives import serialization
 
-from edge.config import EdgeConfig
-from edge.system.site import SiteConfig, agent_settings, read_site
+from edge.system.site import SiteConfig, read_site
 from edge.system.slot import format_entry
 from edge.system.update import RELEASE, Release
 from splitward import __version__
-from splitward.config import build_config, format_toml
+from splitward.config import format_toml
 from splitward.errors import ImageError
 from splitward.image import debian, wheels
 from splitward.image.check import sign_checksum
@@ -171,8 +170,6 @@ def pack_root(root: Path, target: Path, epoch: int) -> None:
 
 def _check(settings: ImageSettings, site: SiteConfig) -> None:
     """Refuse what would build an image that does not start."""
-    agent = agent_settings(site)
-    build_config(agent, EdgeConfig, where=f"{settings.site}, [agent]")
     read_bundle(settings.bundle, read_signing_key(settings.signing_key).public_key())
     if site.update is not None and settings.update_certificate is None:
         raise ImageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import tomllib
 
 from edge.config import EdgeConfig
-from edge.system.site import SiteConfig, agent_settings, apply_site, read_site, take_imports
+from edge.system.site import SiteConfig, agent_settings, apply_site, read_site, take_imports, take_site
 from splitward.config import read_config
 from splitward.errors import ConfigError
 
@@ -97,11 +98,56 @@ def test_what_is_written_outlives_a_power_cut(tmp_path: Path, monkeypatch: Any) 
         ('[update]\nurl = "http://x"', "url"),
         ("format = 2", "format"),
         ("hostname =", "is not TOML"),
+        (
+            '[agent.device]\nidd = "x"',
+            r"site.toml, \[agent\]: unknown key 'device.idd'. Did you mean 'device.id'",
+        ),
+        ('[agent]\ndevice = "cam"', r"device"),
+        ('[[agent.device]]\nid = "x"', r"device"),
+        ("[agent.device]\nid = 2026-01-01", r"device.id"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_site(write(tmp_path / "site.toml", text))
+
+
+def start(folder: Path, text: str) -> tuple[str, str, str]:
+    """SSH keys, edge.toml and site-error.txt after a start with this site.toml; a root forgets."""
+    (folder / "boot").mkdir(exist_ok=True)
+    shutil.rmtree(folder / "root", ignore_errors=True)
+    write(folder / "boot/site.toml", text)
+    take_site(folder / "boot", folder / "kept.toml", folder / "root")
+    names = ("root/run/splitward/authorized_keys", "root/etc/splitward/edge.toml", "boot/site-error.txt")
+    keys, agent, said = [(folder / name).read_text() if (folder / name).exists() else "" for name in names]
+    return keys, agent, said
+
+
+@pytest.mark.parametrize("mistake", ['[agent]\ndevice = "cam"\n', "[agent.device]\nidd = 1\n", "hostname =\n"])
+def test_a_mistake_leaves_the_last_good_one_in_force(tmp_path: Path, mistake: str) -> None:
+    keys, agent, said = start(tmp_path, WHOLE)
+    assert ("someone" in keys, said) == (True, "")
+    assert start(tmp_path, mistake)[:2] == (keys, agent)
+    assert "site.toml" in start(tmp_path, mistake)[2]
+    assert (tmp_path / "kept.toml").read_text() == WHOLE
+    assert start(tmp_path, WHOLE) == (keys, agent, "")
+
+
+@pytest.mark.parametrize("agent", ['[agent]\ndevice = "cam"\n', "[agent.device]\nid = 2026-01-01\n"])
+def test_what_an_earlier_version_kept_lets_a_person_in_and_starts_no_agent(tmp_path: Path, agent: str) -> None:
+    poison = 'ssh_keys = ["ssh-ed25519 AAAA someone"]\n' + agent
+    write(tmp_path / "kept.toml", poison)
+    for text in (poison, "hostname =\n"):
+        keys, settings, said = start(tmp_path, text)
+        assert (keys, settings) == ("ssh-ed25519 AAAA someone\n", "")
+        assert "The agent is not started" in said
+        assert "kept.toml" in said
+    write(tmp_path / "kept.toml", "hostname =\n")
+    keys, settings, said = start(tmp_path, "format = 2\n")
+    assert (keys, settings) == ("", "")
+    assert "site.toml: " in said
+    assert "kept.toml: " in said
+    assert start(tmp_path, WHOLE)[2] == ""
 
 
 def test_imports_are_moved_whole(tmp_path: Path) -> None:
