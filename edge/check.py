@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import importlib.util
 import os
 import socket
 import ssl
@@ -201,6 +202,10 @@ def _try_source(source: CaptureConfig) -> str:
 
         return try_camera(source.camera)
     if source.kind == "receiver":
+        if importlib.util.find_spec("pynetdicom") is None:
+            raise EdgeError(
+                "pynetdicom: is not installed, and a receiver needs it. Install `splitward[dicom]`."
+            )
         host, _, port = source.listen.rpartition(":")
         if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
             raise EdgeError(f"{source.listen!r}: is not HOST:PORT. Set `capture.listen`.")

@@ -15,6 +15,7 @@ DROPPED = (
     *("onnxruntime/datasets/*", "onnxruntime/backend/*", "numpy/f2py/*", "numpy/distutils/*"),
     *("numpy/_core/include/*", "cv2/data/*", "cv2/gapi/*", "cv2/utils/*.pyi", "tqdm/*", "tqdm-*/*"),
     *("pydicom/data/test_files/*", "pydicom/data/charset_files/*", "pydicom/data/palettes/*"),
+    *("pynetdicom/apps/*", "pynetdicom/benchmarks/*"),
     *("*/tests/*", "*/testing/tests/*", "*.pyi", "*.pxd", "*.a", "*/ThirdPartyNotices.txt"),
 )
 

@@ -21,7 +21,7 @@ PYTHON = "3.11"
 """Debian 12's, which the wheels are for."""
 TOP_LEVEL = (
     *("numpy", "onnxruntime", "ai-edge-litert", "opencv-python-headless", "paho-mqtt", "pillow", "msgspec"),
-    *("cryptography", "pydicom"),
+    *("cryptography", "pydicom", "pynetdicom"),
 )
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 _FILES = ("__init__.py", "config.py", "disk.py", "errors.py", "py.typed", "versions.py")

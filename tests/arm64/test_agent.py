@@ -20,8 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "pytest-timeout", "hypothesis", "onnx", "iotcore", "prometheus-client")
 SUITES = {
-    # The image has no DICOM receiver's library.
-    "unit": ["tests/unit/edge", "-k", "not received_object and not the_same_object and not a_receiver"],
+    "unit": ["tests/unit/edge"],
     "contract": ["tests/contract"],
     # Of the integration tests those whose point is not a clock: emulation is slower than any real device.
     "integration": [

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 from importlib.resources import files
@@ -109,6 +110,9 @@ def test_check_looks_at_a_receivers_folder(
     monkeypatch.setenv("SPLITWARD_EDGE__CAPTURE__LISTEN", "here")
     main(["check", "--config", str(settings)])
     assert "'here': is not HOST:PORT. Set `capture.listen`." in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "pynetdicom", None)  # as where it is not installed
+    main(["check", "--config", str(settings)])
+    assert "pynetdicom: is not installed" in capsys.readouterr().out
 
 
 def test_bench_measures_every_variant_and_chooses(settings: Path, capsys: Any) -> None:

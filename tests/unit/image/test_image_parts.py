@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -114,6 +115,22 @@ def test_the_agent_needs_nothing_that_a_device_is_not_given(tmp_path: Path) -> N
     assert Path(said.stdout.strip()).parent == tmp_path / "edge"
     recipe = (wheels.SOURCE / "Dockerfile.arm64").read_text()
     assert [part for part in wheels.AGENT if f" {part} " not in recipe] == []
+
+
+def test_the_lock_holds_all_that_the_agent_imports() -> None:
+    imported = set[str]()
+    for part in wheels.AGENT:
+        source = wheels.SOURCE / part
+        for path in source.rglob("*.py") if source.is_dir() else [source]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported.update(one.name.partition(".")[0] for one in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    imported.add(node.module.partition(".")[0])
+    named = {"PIL": "pillow", "cv2": "opencv_python_headless", "paho": "paho_mqtt"}
+    others = {"edge", "splitward", *sys.stdlib_module_names}
+    others |= {"tflite_runtime", "tomli"}  # of other devices: without LiteRT's wheels, and with Python 3.10
+    assert {named.get(name, name) for name in imported - others} <= {one.name for one in wheels.read_lock()}
 
 
 def test_root_s_ssh_keys_lie_where_no_unit_gives_and_takes_them(tmp_path: Path) -> None:
