@@ -31,8 +31,8 @@ BUILT = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
 CONNECT_S = 5.0
 LOW_MEMORY_BYTES = 128 << 20
 EXPIRY_WARNING = datetime.timedelta(days=14)
-TIME_ERROR = 5
-"""What adjtimex(2) answers where nothing keeps the clock right."""
+TIME_ERROR, REFUSED = 5, -1
+"""What adjtimex(2) answers where nothing keeps the clock right, and where it may not be asked (the agent's unit)."""
 
 
 class Finding(Struct, frozen=True):
@@ -84,11 +84,12 @@ def _clock(_config: EdgeConfig) -> Iterator[Finding]:
         )
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    kept = (
-        libc.adjtimex(ctypes.create_string_buffer(512)) != TIME_ERROR
-    )  # over sizeof(struct timex); no mode: a question
-    hint = "" if kept else "; nothing keeps it right. Enable a time service."
-    yield Finding("clock", "ok" if kept else "warn", shown + hint)
+    answer = libc.adjtimex(ctypes.create_string_buffer(512))  # over sizeof(struct timex); no mode: a question
+    hints = {
+        TIME_ERROR: "; nothing keeps it right. Enable a time service.",
+        REFUSED: "; whether something keeps it right cannot be asked here. See `timedatectl`.",
+    }
+    yield Finding("clock", "warn" if answer in hints else "ok", shown + hints.get(answer, ""))
 
 
 def _processor(_config: EdgeConfig) -> Iterator[Finding]:

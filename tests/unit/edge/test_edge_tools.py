@@ -13,11 +13,13 @@ import tarfile
 import threading
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edge.agent import run_agent
+from edge.check import check_device
 from edge.cli import main
 from edge.config import EdgeConfig
 from edge.install import EXAMPLE, STATE
@@ -92,6 +94,16 @@ def test_check_says_what_is_wrong_and_fails(
     monkeypatch.delenv("SPLITWARD_EDGE__RUNTIME__PROVIDERS")
     monkeypatch.delenv("SPLITWARD_EDGE__DEVICE__ORDER_KEY")
     assert main(["check", "--config", str(settings), "--quick"]) == 0
+
+
+@pytest.mark.parametrize(("answer", "state"), [(0, "ok"), (5, "warn"), (-1, "warn")])
+def test_check_calls_no_clock_kept_that_it_cannot_ask_about(
+    settings: Path, monkeypatch: Any, answer: int, state: str
+) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *words, **options: SimpleNamespace(adjtimex=lambda _: answer))
+    (clock,) = [one for one in check_device(load_settings(settings), quick=True) if one.name == "clock"]
+    assert clock.state == state
+    assert ("cannot be asked here" in clock.detail) == (answer == -1)
 
 
 def test_check_looks_at_a_receivers_folder(
@@ -306,7 +318,8 @@ def test_the_units_are_hardened_and_start_the_agent() -> None:
     )
     assert service["CapabilityBoundingSet"] == ""
     for unit in UNITS.glob("*.service"):
-        assert "\nLimitCORE=0\n" in unit.read_text(), unit.name
+        for line in ("LimitCORE=0", "StateDirectoryMode=0700", "UMask=0077"):
+            assert f"\n{line}\n" in unit.read_text(), f"{unit.name}: {line}"
     assert int(service["WatchdogSec"]) > 0
     assert service["OOMPolicy"] == "continue", "the agent would end with a releaser that runs out of memory"
     if shutil.which("systemd-analyze"):  # what else would read them is not on every machine
