@@ -24,6 +24,8 @@ CONFIG = Path("/etc/splitward")
 STATE = Path("/var/lib/splitward")
 UNITS = Path("/etc/systemd/system")
 SERVICE = "splitward-edge.service"
+EXTRAS = "[edge,edge-tflite]"
+"""Of the package, what a device runs with: link, image files and both runtimes."""
 SHIPPED = Path(__file__).with_name("systemd")
 EXAMPLE = f"""\
 # The agent's settings; every key is described in edge/config.py.
@@ -52,7 +54,8 @@ class InstallSettings:
     Attributes
     ----------
     package : str
-        What pip installs: a wheel, a folder, or a requirement such as `splitward[edge,edge-tflite]`.
+        What pip installs: a wheel or a folder, to which `EXTRAS` are added where none are named, or a requirement
+        such as `splitward[edge,edge-tflite]`.
     pip_arguments : tuple of str
         Given to pip as they are, such as `--constraint FILE`.
     system_packages : bool
@@ -84,14 +87,17 @@ def install(settings: InstallSettings, say: Callable[[str], None]) -> None:
     (STATE / "images").mkdir(mode=0o700, exist_ok=True)
     # The configuration, too: the agent's user replaces its certificate there. Files that root made, it could not read.
     _run(["chown", "--recursive", "--no-dereference", f"{USER}:{USER}", str(STATE), str(CONFIG)])
-    if not (VENV / "bin/python").exists():
+    pip = [str(VENV / "bin/python"), "-m", "pip"]
+    if not _works([*pip, "--version"]):  # without Debian's python3-venv, one is made that lacks pip
         words = ["--system-site-packages"] if settings.system_packages else []
-        _run([sys.executable, "-m", "venv", *words, str(VENV)])
+        _run([sys.executable, "-m", "venv", "--clear", *words, str(VENV)])
         say(f"{VENV}: virtual environment made")
-    _run(
-        [str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", *settings.pip_arguments, settings.package]
-    )
-    say(f"{settings.package}: installed")
+    package = settings.package + (EXTRAS if Path(settings.package).exists() else "")
+    command = [*pip, "install", "--quiet", *settings.pip_arguments]
+    # What is there is replaced even where its version is the same: its files may be damaged, or the wheel another one.
+    _run([*command, "--force-reinstall", "--no-deps", package])
+    _run([*command, package])
+    say(f"{package}: installed")
     if not (CONFIG / "edge.toml").exists():
         write_whole(CONFIG / "edge.toml", EXAMPLE.encode(), 0o640)
         say(f"{CONFIG / 'edge.toml'}: an example, to be edited")
@@ -156,6 +162,14 @@ def _user_exists() -> bool:
     except KeyError:
         return False
     return True
+
+
+def _works(command: Sequence[str]) -> bool:
+    """Whether `command` can be run, and succeeds."""
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def _run(command: Sequence[str]) -> None:

@@ -33,7 +33,9 @@ echo 'kept = true' > /etc/splitward/edge.toml
 install -m 600 /dev/null /etc/splitward/device.key
 install -m 600 /dev/null /var/lib/splitward/remote.json
 echo AGAIN
+rm /opt/splitward/lib/python*/site-packages/edge/agent.py
 $edge install --package "$3" --pip=--no-deps --system-packages
+test -s /opt/splitward/lib/python*/site-packages/edge/agent.py
 cat /etc/splitward/edge.toml
 stat -c '%n %U' /etc/splitward/device.key /var/lib/splitward/remote.json
 $edge uninstall
@@ -58,6 +60,19 @@ def test_install_again_and_uninstall(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, source / name)
     for name in ("splitward", "edge"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
     (tmp_path / "scratch").mkdir()
     done = subprocess.run(
         [
@@ -69,7 +84,7 @@ def test_install_again_and_uninstall(tmp_path: Path) -> None:
             "sh",
             str(tmp_path / "scratch"),
             sys.executable,
-            str(source),
+            str(wheel),
         ],
         capture_output=True,
         text=True,
