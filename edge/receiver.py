@@ -134,8 +134,10 @@ class ReceiverSource:
             shutil.move(received, partial)  # where another receiver's folder is the temporary one
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            target = self._path / f"{uid}-{digest}.dcm"
+                digest = hashlib.blake2b(digest_size=16)
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+            target = self._path / f"{uid}-{digest.hexdigest()}.dcm"
             with self._storing:
                 if not target.exists():  # else it waits for its turn, and is not to be younger than it was
                     move_whole(partial, target)
