@@ -1,7 +1,8 @@
 """The course of one training at a site: what it asks of the cloud, in order, and what it does with each answer.
 
 Join; for each round fetch the others' halves and go on with their mean, take steps, seal the own half for the members;
-at the end fetch the server half. What is asked depends on the images, the answers and torch's random state alone.
+at the end fetch the server half. What is asked depends on the images, the answers, torch's random state and the secret
+that keys the noise alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,11 @@ from splitward.training.remote.evidence import write_evidence
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
+from splitward.training.remote.privacy import draw_noise
 from splitward.training.remote.server import NO_LABELS
 from splitward.training.remote.session import EVALUATION_BATCH, Join
 from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
+from splitward.wire.release import SECRET_BYTES
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage
 
 NOTHING = np.zeros(1, np.int8)
@@ -50,9 +54,9 @@ class Totals(msgspec.Struct):
 
 
 class Place(msgspec.Struct):
-    """Where in its course a client is: all but the tensors, as a snapshot keeps it."""
+    """Where in its course a client is: all but the tensors, as a snapshot keeps it; `secret` keys the noise."""
 
-    secret: int
+    secret: bytes
     sequence: int = -1
     plan: dict[str, Any] | None = None
     keys: dict[str, str] = {}
@@ -99,7 +103,7 @@ class Course:
         self.device, self.training, self.agreed = device, training, agreed
         self._split, self._validation, self._folder, self._guard = train, validation, folder, guard
         self._key, self._peers, self._repeatable, self._between_steps = key, peers, repeatable, between_steps
-        self.place = Place(secrets.randbits(63), keys={}, frames={}, metrics=[])
+        self.place = Place(secrets.token_bytes(SECRET_BYTES), keys={}, frames={}, metrics=[])
         self.plan: Plan | None = None
         self.trainer: ClientTrainer | None = None
         self.server_half: dict[str, Tensor] | None = None
@@ -128,7 +132,12 @@ class Course:
 
     def resume(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
-        place = self.place = from_tensor(tensors["place"], Place)
+        try:
+            place = self.place = from_tensor(tensors["place"], Place)
+        except msgspec.ValidationError as error:
+            raise TrainingError(
+                "this training was begun by an earlier version, whose noise can be guessed. Begin a new training."
+            ) from error
         if place.plan is None:
             return
         self._check_peers()  # which may have been given since
@@ -217,7 +226,7 @@ class Course:
     def _step(self) -> Generator[dict[str, Any], TrainingMessage, bool]:
         """One step; False where the round has gone on without this client."""
         plan, trainer, place = self._plan, self._active, self.place
-        sent = trainer.begin()
+        sent = trainer.begin(None if self._repeatable else self._noise)
         kept = plan.labels == "client"
         defence = self.agreed.defence
         # The seal's own int8 lose nothing, unless the noise of the training goes beyond their range.
@@ -258,21 +267,18 @@ class Course:
             "seconds": round(time.monotonic() - totals.began_s, 3) if totals.began_s else 0.0,
         }
         if self._validation is not None and self._plan.labels == "cloud":
-            line["validation"] = yield from self._validate(self._validation, line["epoch"])
+            line["validation"] = yield from self._validate(self._validation)
         place.metrics.append(line)
         place.totals = Totals(began_s=time.monotonic())
 
-    def _validate(
-        self, split: Split, epoch: int
-    ) -> Generator[dict[str, Any], TrainingMessage, dict[str, float]]:
+    def _validate(self, split: Split) -> Generator[dict[str, Any], TrainingMessage, dict[str, float]]:
         """Accuracy of each stream and of the decision; the labels stay here."""
         network, plan = self._active.network, self._plan
         right = torch.zeros(4, dtype=torch.int64)
-        # Noise that the cloud cannot draw again, and none that the training would miss.
-        generator = torch.Generator().manual_seed(self.place.secret ^ epoch)
         for at in range(0, len(split), EVALUATION_BATCH):
             frames = to_unit(frames_of(split)[at : at + EVALUATION_BATCH])
-            noise = torch.randn(len(frames), *plan.run.split.network.release_shape, generator=generator)
+            shape = (len(frames), *plan.run.split.network.release_shape)
+            noise = self._noise(shape) if self.agreed.defence.sigma else torch.zeros(shape)
             network.eval()
             with torch.no_grad():
                 released = network.release(network.client(network.attack(frames)), noise)
@@ -362,12 +368,13 @@ class Course:
             raise TrainingError(f"the keys of {', '.join(strangers)} are not among the --peer fingerprints.")
 
     def _begin(self, plan: Plan) -> None:
-        """Make the own half; torch's random state is the site's own from here on."""
+        """Make the own half; torch's random state, which shifts the frames, is the site's own from here on."""
         with reproducible(plan.run.seed):
             kept = plan.labels == "client"
             self.trainer = ClientTrainer(plan.run, self._split, tails=kept, pooled=plan.pooled)
             if not self._repeatable:
-                torch.manual_seed(self.place.secret)
+                seed = blake2b(b"torch", key=self.place.secret, digest_size=4).digest()
+                torch.manual_seed(int.from_bytes(seed, "little"))
             self.trainer.random_state = torch.get_rng_state()
         torch.set_rng_state(self.trainer.random_state)
         self.plan = plan
@@ -378,6 +385,10 @@ class Course:
         plan = self._plan
         passed = self.place.round // (plan.clients if plan.arrangement == "turn" else 1) + 1 + ahead
         return passed * self._active.schedule.steps // plan.rounds
+
+    def _noise(self, shape: Sequence[int]) -> Tensor:
+        """Noise of the request that is next: its number is no other's, so neither is its noise."""
+        return draw_noise(self.place.secret, (self.place.sequence + 1).to_bytes(8, "little"), shape)
 
     def _about(self, round_: int, name: str) -> bytes:
         return self.training + round_.to_bytes(4, "little") + name.encode()

@@ -1,4 +1,7 @@
-"""Gradients on their way down: each frame's clipped and, where ordered, noised; and what that is worth.
+"""The noise of a training; and gradients on their way down: each frame's clipped and, where ordered, noised.
+
+torch's generators know 2^32 seeds, which who wants the noise away can try one after the other: so what must not be
+guessed is drawn as a device draws its noise (`splitward.wire.release`), under a secret of 256 bits.
 
 The gradient at the cut of one frame depends on its label and on the server half. With its norm clipped to C and
 Gaussian noise of standard deviation z*C on it, another label moves it by 2C at most: a Gaussian mechanism of multiplier
@@ -9,12 +12,21 @@ on the way.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from splitward.wire.release import normals
+
 ORDERS = tuple(1 + x / 10 for x in range(1, 100)) + tuple(range(11, 512))
 """Renyi orders over which the best bound is sought."""
+
+
+def draw_noise(secret: bytes, about: bytes, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers that only the holder of `secret` can predict: the same for the same `about` alone."""
+    return torch.tensor(normals(blake2b(about, key=secret).digest(), math.prod(shape))).view(*shape)
 
 
 def clip_rows(gradient: Tensor, clip: float) -> Tensor:
@@ -24,9 +36,8 @@ def clip_rows(gradient: Tensor, clip: float) -> Tensor:
     return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
 
 
-def add_noise(gradient: Tensor, clip: float, noise: float, generator: torch.Generator) -> Tensor:
-    """Clipped gradient with Gaussian noise of `noise * clip` on each frame's own."""
-    drawn = torch.randn(gradient.shape, generator=generator)
+def add_noise(gradient: Tensor, clip: float, noise: float, drawn: Tensor) -> Tensor:
+    """Clipped gradient with noise of `noise * clip` on each frame's own, of the standard normal numbers `drawn`."""
     return gradient + drawn * (noise * clip / len(gradient))
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -34,10 +35,10 @@ from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_r
 from splitward.training.remote.journal import Journal, count_messages
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store, store_rows
-from splitward.training.remote.privacy import clip_rows, epsilon
+from splitward.training.remote.privacy import clip_rows, draw_noise, epsilon
 from splitward.training.remote.server import Server
 from splitward.training.remote.site import coordinate
-from splitward.training.remote.state import state_of
+from splitward.training.remote.state import state_of, to_tensor
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
 from splitward.wire.training import Phase, decode_training, encode_training
@@ -309,6 +310,107 @@ def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
     ((_, reply),) = server.handle(client.device, client.request or b"")
     with pytest.raises(TrainingError, match="--no-guard"):
         client.take(reply)
+
+
+def flipped(secret: bytes, bit: int) -> bytes:
+    return (int.from_bytes(secret, "little") ^ (1 << bit)).to_bytes(len(secret), "little")
+
+
+def shown(
+    dataset: Dataset, settings: RunSettings, secret: bytes, most: int, folder: Path | None = None
+) -> list[bytes]:
+    """The first steps and validation batches that a site of this secret shows; with a folder it is killed at each."""
+    server = Server(Plan(settings, precision="int8"), TRAINING)
+    options = {"validation": dataset.validation, "repeatable": False}
+    client, found = open_client(dataset, settings, **options), []
+    client.course.place.secret = secret
+    if folder is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secrets.token_bytes", lambda count: secret[:count])
+            client = open_client(dataset, settings, folder, **options)
+    while client.request is not None and len(found) < most:
+        request = client.request
+        if decode_training(request).phase in (Phase.STEP, Phase.EVALUATE):
+            found.append(request)
+        if folder is not None:
+            client.close()
+            client = open_client(dataset, settings, folder, **options)
+            assert client.request == request, "a site that was killed sends the same bytes"
+        for _, reply in server.handle(client.device, request):
+            client.take(reply)
+    client.close()
+    return found
+
+
+def test_the_noise_of_a_training_hangs_on_every_bit_of_the_secret(dataset, tmp_path):
+    """torch's generator takes 32 bits of a seed: whoever tries them all had taken the noise of a training away."""
+    settings = replace(settings_for(dataset, "sealed"), batch=16, shift=0)
+    steps = len(dataset.train) // 16 + (len(dataset.train) % 16 > 1)
+    secret, most = bytes(range(100, 132)), steps + 2
+    plain = shown(dataset, settings, secret, most)
+    assert [decode_training(one).phase for one in plain].index(Phase.EVALUATE) == steps
+    assert shown(dataset, settings, secret, most, tmp_path / "killed") == plain
+    first = Stored.of(decode_training(plain[0])).real()
+    for bit in (0, 31, 32, 62, 255):
+        other = Stored.of(decode_training(shown(dataset, settings, flipped(secret, bit), 1)[0])).real()
+        drawn = (other - first) / settings.split.defence.sigma / 2**0.5
+        assert abs(float(drawn.std()) - 1) < 5 / (2 * drawn.numel()) ** 0.5
+
+
+def test_no_two_messages_of_a_site_share_noise(dataset, monkeypatch):
+    settings, drawn = settings_for(dataset, "sealed"), []
+
+    def draw(secret: bytes, about: bytes, shape: tuple[int, ...]) -> Tensor:
+        drawn.append(draw_noise(secret, about, shape))
+        return drawn[-1]
+
+    monkeypatch.setattr("splitward.training.remote.course.draw_noise", draw)
+    assert shown(dataset, settings, bytes(32), 10**6)
+    assert len(drawn) == 2 * (len(dataset.train) // 3 + 1)
+    assert len({float(value) for noise in drawn for value in noise.flatten()}) > 0.999 * sum(
+        noise.numel() for noise in drawn
+    )
+
+
+def test_noise_on_gradients_is_the_clouds_own_and_the_same_after_a_kill(dataset, tmp_path):
+    settings = settings_for(dataset, "none")
+
+    def answered(folder: Path, secret: bytes, *, kill: bool) -> list[bytes]:
+        def open_server() -> Server:
+            return Server(Plan(settings, clip=1.0, noise=0.5), TRAINING, folder, every=3)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secrets.token_bytes", lambda count: secret[:count])
+            server, found = open_server(), []
+        client = open_client(dataset, settings)
+        while client.request is not None and len(found) < 8:
+            ((_, reply),) = server.handle(client.device, client.request)
+            if kill:
+                server.close()
+                server = open_server()
+                assert server.handle(client.device, client.request) == [(client.device, reply)]
+            if decode_training(reply).phase is Phase.STEP:
+                found.append(reply)
+            client.take(reply)
+        server.close()
+        return found
+
+    secret = bytes(range(100, 132))
+    plain = answered(tmp_path / "plain", secret, kill=False)
+    assert answered(tmp_path / "killed", secret, kill=True) == plain
+    assert answered(tmp_path / "other", flipped(secret, 40), kill=False)[0] != plain[0]
+
+
+def test_a_training_of_a_version_with_weak_noise_is_not_gone_on_with(dataset, tmp_path):
+    settings = settings_for(dataset, "sealed")
+    client = open_client(dataset, settings, tmp_path / "site")
+    place = {**msgspec.to_builtins(client.course.place), "secret": 5}
+    client.close()
+    journal = Journal(tmp_path / "site")
+    journal.save(0, {"place": to_tensor(place)})
+    journal.close()
+    with pytest.raises(TrainingError, match="Begin a new training"):
+        open_client(dataset, settings, tmp_path / "site")
 
 
 @pytest.fixture(scope="module")
