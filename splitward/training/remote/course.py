@@ -54,7 +54,11 @@ class Totals(msgspec.Struct):
 
 
 class Place(msgspec.Struct):
-    """Where in its course a client is: all but the tensors, as a snapshot keeps it; `secret` keys the noise."""
+    """Where in its course a client is: all but the tensors, as a snapshot keeps it.
+
+    `secret` keys the noise. `next_round` is the earliest that the cloud may begin: the present one, as a client that it
+    went on without may come back within it, until its own half is handed over or the halves before it are gone.
+    """
 
     secret: bytes
     sequence: int = -1
@@ -62,6 +66,7 @@ class Place(msgspec.Struct):
     keys: dict[str, str] = {}
     frames: dict[str, int] = {}
     round: int = 0
+    next_round: int = 0
     inside: bool = False
     steps_done: int = 0
     epochs_told: int = 0
@@ -163,8 +168,7 @@ class Course:
             while self._active.steps_done < self._round_end() and not superseded:
                 self._between_steps()
                 superseded = not (yield from self._step())
-                if not superseded:
-                    yield from self._tell_epoch()
+                yield from self._tell_epoch()
             place.inside = False
             if superseded:
                 place.skipped += 1
@@ -178,9 +182,10 @@ class Course:
         while True:
             answer = yield {"phase": Phase.ROUND, "values": NOTHING}
             told = read(answer, RoundStart)
-            self.place.round = told.round
+            self.place.round = self.place.next_round = told.round
             if (yield from self._adopt(told.halves)):
                 break
+            self.place.next_round += 1  # its halves are gone, so it is over
         plan, trainer = self._plan, self._active
         if self.place.round >= plan.turns:
             return False
@@ -224,7 +229,10 @@ class Course:
             restore(self._active, average(*zip(*states, strict=True)))
 
     def _step(self) -> Generator[dict[str, Any], TrainingMessage, bool]:
-        """One step; False where the round has gone on without this client."""
+        """One step; False where the round has gone on without this client.
+
+        The cloud has seen the batch then, too, so the step counts as taken: nobody is shown a batch again by saying so.
+        """
         plan, trainer, place = self._plan, self._active, self.place
         sent = trainer.begin(None if self._repeatable else self._noise)
         kept = plan.labels == "client"
@@ -237,7 +245,8 @@ class Course:
         self._meanwhile_due = not kept
         answer = yield self._about_step(Phase.STEP, stored, labels=labels)
         if answer.phase is Phase.SUPERSEDED:
-            return False
+            self._meanwhile_due = kept
+            return self._leave_out()
         loss, right = answer.loss, answer.right
         if kept:
             gradient, loss = trainer.answer(Stored.of(answer).real())
@@ -245,7 +254,7 @@ class Course:
             stored = self._feedback.store(gradient, plan.precision)
             answer = yield self._about_step(Phase.BACK, stored, loss=loss)
             if answer.phase is Phase.SUPERSEDED:
-                return False
+                return self._leave_out()
         down = Stored.of(answer).real()
         self._watch(down, trainer.wanted)
         trainer.end(down)
@@ -253,6 +262,12 @@ class Course:
         place.totals.right += right
         place.totals.seen += len(down)
         return True
+
+    def _leave_out(self) -> bool:
+        """Go on to the next batch without the gradient of this one."""
+        self.meanwhile()
+        self._active.steps_done += 1
+        return False
 
     def _tell_epoch(self) -> Requests:
         """At the end of an epoch, its line of metrics."""
@@ -308,6 +323,7 @@ class Course:
             if answer.phase is Phase.SUPERSEDED:
                 self.place.skipped += 1
                 return
+        self.place.next_round = self.place.round + 1
 
     def _fetch_server_half(self) -> Requests:
         whole, part, parts = b"", 0, 1

@@ -41,7 +41,7 @@ from splitward.training.remote.site import coordinate
 from splitward.training.remote.state import state_of, to_tensor
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
-from splitward.wire.training import Phase, decode_training, encode_training
+from splitward.wire.training import Phase, TrainingMessage, decode_training, encode_training
 
 
 @pytest.fixture(scope="module")
@@ -553,6 +553,60 @@ def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites, arra
     assert server.session.members[silent].superseded == 1
     first, *others = [state_of(client.course._active, optimisers=False) for client in clients.values()]
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "phase"), [("cloud", Phase.STEP), ("client", Phase.STEP), ("client", Phase.BACK)]
+)
+def test_a_cloud_that_says_superseded_is_shown_no_batch_again(dataset, labels, phase, tmp_path):
+    """Each time with fresh noise, a batch that comes again and again would come without any."""
+    settings = replace(settings_for(dataset, "sealed"), batch=16)
+    plan, shown_of = Plan(settings, labels=labels), {Phase.STEP: [], Phase.EVALUATE: []}
+
+    def open_site() -> Client:
+        return open_client(dataset, settings, tmp_path, validation=dataset.validation, repeatable=False)
+
+    def answer(asked: TrainingMessage, features: int) -> bytes:
+        count, told = len(asked.values), {"values": np.zeros(1, np.int8)}
+        if asked.phase is phase:
+            told["phase"] = Phase.SUPERSEDED
+        elif asked.phase is Phase.JOIN:
+            key = json.loads(asked.values.tobytes())["key"]
+            agreement = {
+                "plan": plan.to_dict(),
+                "keys": {"site-0": key},
+                "frames": {"site-0": len(dataset.train)},
+            }
+            told = told_in_json(json.dumps(agreement).encode())
+        elif asked.phase is Phase.ROUND:
+            told = told_in_json(b'{"round": 0, "halves": {}}')
+        elif asked.phase is Phase.STEP:
+            told["values"] = np.zeros((count, 3, features), np.float32)
+        elif asked.phase is Phase.EVALUATE:
+            told["values"] = np.zeros((count, 4, 2), np.int8)
+        return encode_training(replace(asked, plan=plan.digest, labels=np.empty(0, np.uint16), **told))
+
+    client, refusal = open_site(), ""
+    while not refusal:
+        asked = decode_training(client.request or b"")
+        if (steps := shown_of.get(asked.phase)) is not None:
+            steps.append((asked.step, asked.epoch))
+            assert len(steps) < 100, "without end"
+            request = client.request
+            client.close()
+            client = open_site()
+            assert client.request == request
+        trainer = client.course.trainer
+        try:
+            client.take(answer(asked, 0 if trainer is None else trainer.features))
+        except TrainingError as error:
+            refusal = str(error)
+    assert "round 0, which is over" in refusal
+    per_epoch, every = client.course._active.schedule.per_epoch, client.course._active.schedule.steps
+    assert shown_of[Phase.STEP] == [(step, step // per_epoch) for step in range(every)]
+    assert len(shown_of[Phase.EVALUATE]) == (2 if labels == "cloud" else 0)
+    assert [line["epoch"] for line in client.course.place.metrics] == [1, 2]
+    client.close()
 
 
 def test_a_site_that_was_left_out_while_its_step_waited_is_told(sites):
