@@ -48,11 +48,27 @@ def keyed_noise(secret: bytes, clean: NDArray[np.int8], law: ReleaseLaw) -> NDAr
     """Standard normal noise, shaped as `clean`, that only the holder of `secret` can predict.
 
     BLAKE2b (RFC 7693) keyed by the secret, with the law's bound and sigma as its personalisation and its steps in the
-    salt, makes a key of `clean`; keyed by that, it stretches a counter into uniforms, and Box and Muller turn them
-    into normals: a cryptographic stream, and the same on every version of numpy, whose own logarithm depends on the
-    processor.
+    salt, makes of `clean` the key of its `normals`.
     """
     return np.array(_noise(secret, clean.tobytes(), law)).reshape(clean.shape)
+
+
+def normals(key: bytes, count: int) -> list[float]:
+    """Standard normal numbers that only the holder of `key` can predict.
+
+    BLAKE2b keyed by `key` stretches a counter into uniforms, and Box and Muller turn them into normals: a cryptographic
+    stream, and the same on every version of numpy, whose own logarithm depends on the processor.
+    """
+    half = (count + 1) // 2
+    blocks = (2 * half + 7) // 8
+    stream = b"".join([blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range(blocks)])
+    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in struct.unpack(f"<{8 * blocks}Q", stream)]
+    near, far = [], []
+    for first, second in zip(uniform[:half], uniform[half : 2 * half], strict=True):
+        radius, angle = math.sqrt(-2.0 * math.log(first)), 2.0 * math.pi * second
+        near.append(radius * math.cos(angle))
+        far.append(radius * math.sin(angle))
+    return (near + far)[:count]
 
 
 def _steps(real: list[float], scale: float) -> list[int]:
@@ -65,15 +81,5 @@ def _steps(real: list[float], scale: float) -> list[int]:
 
 
 def _noise(secret: bytes, clean: bytes, law: ReleaseLaw) -> list[float]:
-    half = (len(clean) + 1) // 2
     person, salt = struct.pack("<2d", law.bound, law.sigma), bytes((STEPS - law.steps,))
-    key = blake2b(clean, key=secret, salt=salt, person=person).digest()
-    blocks = (2 * half + 7) // 8
-    stream = b"".join([blake2b(number.to_bytes(8, "little"), key=key).digest() for number in range(blocks)])
-    uniform = [((word >> 11) + 0.5) * 2.0**-53 for word in struct.unpack(f"<{8 * blocks}Q", stream)]
-    near, far = [], []
-    for first, second in zip(uniform[:half], uniform[half : 2 * half], strict=True):
-        radius, angle = math.sqrt(-2.0 * math.log(first)), 2.0 * math.pi * second
-        near.append(radius * math.cos(angle))
-        far.append(radius * math.sin(angle))
-    return (near + far)[: len(clean)]
+    return normals(blake2b(clean, key=secret, salt=salt, person=person).digest(), len(clean))

@@ -32,7 +32,7 @@ class Agreement(msgspec.Struct, frozen=True):
 class RoundStart(msgspec.Struct, frozen=True):
     """Answer to who asks for the round: its number, and in how many parts each client half of the one before comes."""
 
-    round: Annotated[int, Meta(ge=0)]
+    round: Annotated[int, Meta(ge=0, lt=1 << 32)]
     halves: dict[str, Annotated[int, Meta(ge=0, le=MAX_HALF_PARTS)]]
 
 
@@ -53,6 +53,7 @@ def check_answer(
     released: tuple[int, ...],
     features: int,
     members: Mapping[str, str],
+    next_round: int,
 ) -> None:
     """Refuse an answer that the request cannot have.
 
@@ -64,6 +65,8 @@ def check_answer(
         That enter a last layer, where these are at the client; 0 where they are not.
     members : mapping
         Clients of the training, once that is known.
+    next_round : int
+        The earliest that may begin.
 
     Raises
     ------
@@ -78,8 +81,11 @@ def check_answer(
     if phase is Phase.JOIN:
         _check_agreement(answer)
     elif phase is Phase.ROUND:
-        if strangers := read(answer, RoundStart).halves.keys() - members.keys():
+        told = read(answer, RoundStart)
+        if strangers := told.halves.keys() - members.keys():
             raise _odd(phase, f"halves of {', '.join(sorted(strangers))}, who is not of this training")
+        if told.round < next_round:
+            raise _odd(phase, f"round {told.round}, which is over")
     elif phase is Phase.WEIGHTS and not 1 <= answer.epoch <= MAX_HALF_PARTS:
         raise _odd(phase, f"{answer.epoch} parts")
     count = len(request.values)

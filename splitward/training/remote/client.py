@@ -136,8 +136,8 @@ class Client:
         if message.phase is Phase.REFUSED:
             raise TrainingError(f"the cloud refuses: {message.values.tobytes().decode(errors='replace')}")
         features = 0 if self.course.trainer is None else self.course.trainer.features
-        released = tuple(self.course.agreed.network.release_shape)
-        check_answer(message, decode_training(self._request), released, features, self.course.place.keys)
+        released, place = tuple(self.course.agreed.network.release_shape), self.course.place
+        check_answer(message, decode_training(self._request), released, features, place.keys, place.next_round)
         if self._journal is not None:
             self._journal.append(answer)
         self._apply(answer, message)

@@ -1,7 +1,8 @@
 """The course of one training at a site: what it asks of the cloud, in order, and what it does with each answer.
 
 Join; for each round fetch the others' halves and go on with their mean, take steps, seal the own half for the members;
-at the end fetch the server half. What is asked depends on the images, the answers and torch's random state alone.
+at the end fetch the server half. What is asked depends on the images, the answers, torch's random state and the secret
+that keys the noise alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,11 @@ from splitward.training.remote.evidence import write_evidence
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
+from splitward.training.remote.privacy import draw_noise
 from splitward.training.remote.server import NO_LABELS
 from splitward.training.remote.session import EVALUATION_BATCH, Join
 from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
+from splitward.wire.release import SECRET_BYTES
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage
 
 NOTHING = np.zeros(1, np.int8)
@@ -50,14 +54,19 @@ class Totals(msgspec.Struct):
 
 
 class Place(msgspec.Struct):
-    """Where in its course a client is: all but the tensors, as a snapshot keeps it."""
+    """Where in its course a client is: all but the tensors, as a snapshot keeps it.
 
-    secret: int
+    `secret` keys the noise. `next_round` is the earliest that the cloud may begin: the present one, as a client that it
+    went on without may come back within it, until its own half is handed over or the halves before it are gone.
+    """
+
+    secret: bytes
     sequence: int = -1
     plan: dict[str, Any] | None = None
     keys: dict[str, str] = {}
     frames: dict[str, int] = {}
     round: int = 0
+    next_round: int = 0
     inside: bool = False
     steps_done: int = 0
     epochs_told: int = 0
@@ -99,7 +108,7 @@ class Course:
         self.device, self.training, self.agreed = device, training, agreed
         self._split, self._validation, self._folder, self._guard = train, validation, folder, guard
         self._key, self._peers, self._repeatable, self._between_steps = key, peers, repeatable, between_steps
-        self.place = Place(secrets.randbits(63), keys={}, frames={}, metrics=[])
+        self.place = Place(secrets.token_bytes(SECRET_BYTES), keys={}, frames={}, metrics=[])
         self.plan: Plan | None = None
         self.trainer: ClientTrainer | None = None
         self.server_half: dict[str, Tensor] | None = None
@@ -128,7 +137,12 @@ class Course:
 
     def resume(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
-        place = self.place = from_tensor(tensors["place"], Place)
+        try:
+            place = self.place = from_tensor(tensors["place"], Place)
+        except msgspec.ValidationError as error:
+            raise TrainingError(
+                "this training was begun by an earlier version, whose noise can be guessed. Begin a new training."
+            ) from error
         if place.plan is None:
             return
         self._check_peers()  # which may have been given since
@@ -154,8 +168,7 @@ class Course:
             while self._active.steps_done < self._round_end() and not superseded:
                 self._between_steps()
                 superseded = not (yield from self._step())
-                if not superseded:
-                    yield from self._tell_epoch()
+                yield from self._tell_epoch()
             place.inside = False
             if superseded:
                 place.skipped += 1
@@ -169,9 +182,10 @@ class Course:
         while True:
             answer = yield {"phase": Phase.ROUND, "values": NOTHING}
             told = read(answer, RoundStart)
-            self.place.round = told.round
+            self.place.round = self.place.next_round = told.round
             if (yield from self._adopt(told.halves)):
                 break
+            self.place.next_round += 1  # its halves are gone, so it is over
         plan, trainer = self._plan, self._active
         if self.place.round >= plan.turns:
             return False
@@ -215,9 +229,12 @@ class Course:
             restore(self._active, average(*zip(*states, strict=True)))
 
     def _step(self) -> Generator[dict[str, Any], TrainingMessage, bool]:
-        """One step; False where the round has gone on without this client."""
+        """One step; False where the round has gone on without this client.
+
+        The cloud has seen the batch then, too, so the step counts as taken: nobody is shown a batch again by saying so.
+        """
         plan, trainer, place = self._plan, self._active, self.place
-        sent = trainer.begin()
+        sent = trainer.begin(None if self._repeatable else self._noise)
         kept = plan.labels == "client"
         defence = self.agreed.defence
         # The seal's own int8 lose nothing, unless the noise of the training goes beyond their range.
@@ -228,7 +245,8 @@ class Course:
         self._meanwhile_due = not kept
         answer = yield self._about_step(Phase.STEP, stored, labels=labels)
         if answer.phase is Phase.SUPERSEDED:
-            return False
+            self._meanwhile_due = kept
+            return self._leave_out()
         loss, right = answer.loss, answer.right
         if kept:
             gradient, loss = trainer.answer(Stored.of(answer).real())
@@ -236,7 +254,7 @@ class Course:
             stored = self._feedback.store(gradient, plan.precision)
             answer = yield self._about_step(Phase.BACK, stored, loss=loss)
             if answer.phase is Phase.SUPERSEDED:
-                return False
+                return self._leave_out()
         down = Stored.of(answer).real()
         self._watch(down, trainer.wanted)
         trainer.end(down)
@@ -244,6 +262,12 @@ class Course:
         place.totals.right += right
         place.totals.seen += len(down)
         return True
+
+    def _leave_out(self) -> bool:
+        """Go on to the next batch without the gradient of this one."""
+        self.meanwhile()
+        self._active.steps_done += 1
+        return False
 
     def _tell_epoch(self) -> Requests:
         """At the end of an epoch, its line of metrics."""
@@ -258,21 +282,18 @@ class Course:
             "seconds": round(time.monotonic() - totals.began_s, 3) if totals.began_s else 0.0,
         }
         if self._validation is not None and self._plan.labels == "cloud":
-            line["validation"] = yield from self._validate(self._validation, line["epoch"])
+            line["validation"] = yield from self._validate(self._validation)
         place.metrics.append(line)
         place.totals = Totals(began_s=time.monotonic())
 
-    def _validate(
-        self, split: Split, epoch: int
-    ) -> Generator[dict[str, Any], TrainingMessage, dict[str, float]]:
+    def _validate(self, split: Split) -> Generator[dict[str, Any], TrainingMessage, dict[str, float]]:
         """Accuracy of each stream and of the decision; the labels stay here."""
         network, plan = self._active.network, self._plan
         right = torch.zeros(4, dtype=torch.int64)
-        # Noise that the cloud cannot draw again, and none that the training would miss.
-        generator = torch.Generator().manual_seed(self.place.secret ^ epoch)
         for at in range(0, len(split), EVALUATION_BATCH):
             frames = to_unit(frames_of(split)[at : at + EVALUATION_BATCH])
-            noise = torch.randn(len(frames), *plan.run.split.network.release_shape, generator=generator)
+            shape = (len(frames), *plan.run.split.network.release_shape)
+            noise = self._noise(shape) if self.agreed.defence.sigma else torch.zeros(shape)
             network.eval()
             with torch.no_grad():
                 released = network.release(network.client(network.attack(frames)), noise)
@@ -302,6 +323,7 @@ class Course:
             if answer.phase is Phase.SUPERSEDED:
                 self.place.skipped += 1
                 return
+        self.place.next_round = self.place.round + 1
 
     def _fetch_server_half(self) -> Requests:
         whole, part, parts = b"", 0, 1
@@ -362,12 +384,13 @@ class Course:
             raise TrainingError(f"the keys of {', '.join(strangers)} are not among the --peer fingerprints.")
 
     def _begin(self, plan: Plan) -> None:
-        """Make the own half; torch's random state is the site's own from here on."""
+        """Make the own half; torch's random state, which shifts the frames, is the site's own from here on."""
         with reproducible(plan.run.seed):
             kept = plan.labels == "client"
             self.trainer = ClientTrainer(plan.run, self._split, tails=kept, pooled=plan.pooled)
             if not self._repeatable:
-                torch.manual_seed(self.place.secret)
+                seed = blake2b(b"torch", key=self.place.secret, digest_size=4).digest()
+                torch.manual_seed(int.from_bytes(seed, "little"))
             self.trainer.random_state = torch.get_rng_state()
         torch.set_rng_state(self.trainer.random_state)
         self.plan = plan
@@ -378,6 +401,10 @@ class Course:
         plan = self._plan
         passed = self.place.round // (plan.clients if plan.arrangement == "turn" else 1) + 1 + ahead
         return passed * self._active.schedule.steps // plan.rounds
+
+    def _noise(self, shape: Sequence[int]) -> Tensor:
+        """Noise of the request that is next: its number is no other's, so neither is its noise."""
+        return draw_noise(self.place.secret, (self.place.sequence + 1).to_bytes(8, "little"), shape)
 
     def _about(self, round_: int, name: str) -> bytes:
         return self.training + round_.to_bytes(4, "little") + name.encode()

@@ -18,7 +18,7 @@ sites' halves, by their frames of the round, is the half that all these frames a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -221,15 +221,17 @@ class ClientTrainer:
         """Labels of the step that is under way."""
         return self._wanted
 
-    def begin(self) -> Exchange:
-        """The released tensor of the step that is next."""
+    def begin(self, draw: Callable[[Sequence[int]], Tensor] | None = None) -> Exchange:
+        """The released tensor of the step that is next, with noise of `draw` or, without it, of torch's generator."""
         step = self.steps_done
         if self._ready is None or self._ready[0] != step:
             torch.set_rng_state(self.random_state)
             self._ready = step, self._prepare(step)
         frames, attacked, labels = self._ready[1]
         self._activation = self.network.client(attacked)
-        self._released = self.network.release(self._activation).contiguous()
+        noised = self._settings.split.defence.noise_of(training=True) > 0
+        noise = draw(self._activation.shape) if draw is not None and noised else None
+        self._released = self.network.release(self._activation, noise).contiguous()
         self._frames, self._wanted = frames, labels
         self._at = self.schedule.at(step)
         return Exchange(step, self._at, self._released.detach(), labels)

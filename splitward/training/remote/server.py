@@ -10,7 +10,6 @@ Some requests are answered later, when others have come: the messages to send ar
 from __future__ import annotations
 
 import base64
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +35,7 @@ from splitward.training.remote.halves import (
 from splitward.training.remote.journal import Journal
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
-from splitward.training.remote.privacy import add_noise, clip_rows
+from splitward.training.remote.privacy import add_noise, clip_rows, draw_noise
 from splitward.training.remote.session import EpochSums, Join, Member, Session, check_request
 from splitward.training.remote.state import TURN, average, from_tensor, restore, state_of, to_tensor
 from splitward.wire.training import MAX_PART, Phase, TrainingMessage, decode_training, encode_training
@@ -81,7 +80,6 @@ class Server:
         self.session = Session({})
         self.trainers: dict[str, ServerTrainer] = {}
         self._feedback: dict[str, Feedback] = {}
-        self._noise = torch.Generator().manual_seed(secrets.randbits(63))
         with reproducible(plan.run.seed):
             self._first = ServerTrainer(plan.run, tails=plan.labels == "cloud", pooled=plan.pooled)
         self._journal = None if folder is None else Journal(folder)
@@ -269,7 +267,9 @@ class Server:
         if plan.clip:
             gradient = clip_rows(gradient, plan.clip)
         if plan.noise:
-            gradient = add_noise(gradient, plan.clip, plan.noise, self._noise)
+            about = member.sequence.to_bytes(8, "little") + member.name.encode()  # no two answers share noise
+            drawn = draw_noise(self.session.secret, about, gradient.shape)
+            gradient = add_noise(gradient, plan.clip, plan.noise, drawn)
         return self._feedback.setdefault(member.name, Feedback()).store(gradient, plan.precision)
 
     def _keep_half(self, message: TrainingMessage, member: Member) -> None:
@@ -431,7 +431,7 @@ class Server:
         journal = self._journal
         if journal is None or journal.since_snapshot < self._every or self.session.busy:
             return  # what a step holds between its two exchanges is no tensor to be kept
-        tensors = {"session": to_tensor(self.session), "noise": self._noise.get_state()}
+        tensors = {"session": to_tensor(self.session)}
         for name, trainer in ({"": self._first} | self.trainers).items():
             tensors |= {f"trainer/{name}/{key}": tensor for key, tensor in state_of(trainer).items()}
         tensors |= {f"feedback/{name}": feedback.left for name, feedback in self._feedback.items()}
@@ -441,10 +441,9 @@ class Server:
         tensors = journal.snapshot()
         if tensors is None:
             # So that the noise that is drawn after a kill is the one that was drawn before.
-            journal.save(0, {"noise": self._noise.get_state(), "session": to_tensor(self.session)})
+            journal.save(0, {"session": to_tensor(self.session)})
         else:
             self.session = from_tensor(tensors["session"], Session)
-            self._noise.set_state(tensors["noise"])
             for name in ("", *self.session.members):
                 head = f"trainer/{name}/"
                 own = {key.removeprefix(head): t for key, t in tensors.items() if key.startswith(head)}

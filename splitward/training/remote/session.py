@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import secrets
 
 import msgspec
 
@@ -10,6 +11,7 @@ from splitward.errors import TrainingError
 from splitward.training.remote.envelope import check_key
 from splitward.training.remote.halves import Schedule
 from splitward.training.remote.plan import Plan
+from splitward.wire.release import SECRET_BYTES
 from splitward.wire.training import Phase, TrainingMessage
 
 EVALUATION_BATCH = 256
@@ -58,9 +60,10 @@ class Member(msgspec.Struct):
 
 
 class Session(msgspec.Struct):
-    """All but the tensors, as a snapshot keeps it."""
+    """All but the tensors, as a snapshot keeps it; `secret` keys the noise on gradients."""
 
     members: dict[str, Member]
+    secret: bytes = msgspec.field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
     round: int = 0
     halves: dict[str, list[bytes]] = {}
     busy: str = ""

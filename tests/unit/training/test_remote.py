@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -34,13 +35,13 @@ from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_r
 from splitward.training.remote.journal import Journal, count_messages
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store, store_rows
-from splitward.training.remote.privacy import clip_rows, epsilon
+from splitward.training.remote.privacy import add_noise, clip_rows, draw_noise
 from splitward.training.remote.server import Server
 from splitward.training.remote.site import coordinate
-from splitward.training.remote.state import state_of
+from splitward.training.remote.state import state_of, to_tensor
 from splitward.training.remote.together import run_together
 from splitward.training.settings import RunSettings, split_settings
-from splitward.wire.training import Phase, decode_training, encode_training
+from splitward.wire.training import Phase, TrainingMessage, decode_training, encode_training
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,107 @@ def test_a_guard_takes_no_part_where_gradients_are_noised(dataset):
         client.take(reply)
 
 
+def flipped(secret: bytes, bit: int) -> bytes:
+    return (int.from_bytes(secret, "little") ^ (1 << bit)).to_bytes(len(secret), "little")
+
+
+def shown(
+    dataset: Dataset, settings: RunSettings, secret: bytes, most: int, folder: Path | None = None
+) -> list[bytes]:
+    """The first steps and validation batches that a site of this secret shows; with a folder it is killed at each."""
+    server = Server(Plan(settings, precision="int8"), TRAINING)
+    options = {"validation": dataset.validation, "repeatable": False}
+    client, found = open_client(dataset, settings, **options), []
+    client.course.place.secret = secret
+    if folder is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secrets.token_bytes", lambda count: secret[:count])
+            client = open_client(dataset, settings, folder, **options)
+    while client.request is not None and len(found) < most:
+        request = client.request
+        if decode_training(request).phase in (Phase.STEP, Phase.EVALUATE):
+            found.append(request)
+        if folder is not None:
+            client.close()
+            client = open_client(dataset, settings, folder, **options)
+            assert client.request == request, "a site that was killed sends the same bytes"
+        for _, reply in server.handle(client.device, request):
+            client.take(reply)
+    client.close()
+    return found
+
+
+def test_the_noise_of_a_training_hangs_on_every_bit_of_the_secret(dataset, tmp_path):
+    """torch's generator takes 32 bits of a seed: whoever tries them all had taken the noise of a training away."""
+    settings = replace(settings_for(dataset, "sealed"), batch=16, shift=0)
+    steps = len(dataset.train) // 16 + (len(dataset.train) % 16 > 1)
+    secret, most = bytes(range(100, 132)), steps + 2
+    plain = shown(dataset, settings, secret, most)
+    assert [decode_training(one).phase for one in plain].index(Phase.EVALUATE) == steps
+    assert shown(dataset, settings, secret, most, tmp_path / "killed") == plain
+    first = Stored.of(decode_training(plain[0])).real()
+    for bit in (0, 31, 32, 62, 255):
+        other = Stored.of(decode_training(shown(dataset, settings, flipped(secret, bit), 1)[0])).real()
+        drawn = (other - first) / settings.split.defence.sigma / 2**0.5
+        assert abs(float(drawn.std()) - 1) < 5 / (2 * drawn.numel()) ** 0.5
+
+
+def test_no_two_messages_of_a_site_share_noise(dataset, monkeypatch):
+    settings, drawn = settings_for(dataset, "sealed"), []
+
+    def draw(secret: bytes, about: bytes, shape: tuple[int, ...]) -> Tensor:
+        drawn.append(draw_noise(secret, about, shape))
+        return drawn[-1]
+
+    monkeypatch.setattr("splitward.training.remote.course.draw_noise", draw)
+    assert shown(dataset, settings, bytes(32), 10**6)
+    assert len(drawn) == 2 * (len(dataset.train) // 3 + 1)
+    assert len({float(value) for noise in drawn for value in noise.flatten()}) > 0.999 * sum(
+        noise.numel() for noise in drawn
+    )
+
+
+def test_noise_on_gradients_is_the_clouds_own_and_the_same_after_a_kill(dataset, tmp_path):
+    settings = settings_for(dataset, "none")
+
+    def answered(folder: Path, secret: bytes, *, kill: bool) -> list[bytes]:
+        def open_server() -> Server:
+            return Server(Plan(settings, clip=1.0, noise=0.5), TRAINING, folder, every=3)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("secrets.token_bytes", lambda count: secret[:count])
+            server, found = open_server(), []
+        client = open_client(dataset, settings)
+        while client.request is not None and len(found) < 8:
+            ((_, reply),) = server.handle(client.device, client.request)
+            if kill:
+                server.close()
+                server = open_server()
+                assert server.handle(client.device, client.request) == [(client.device, reply)]
+            if decode_training(reply).phase is Phase.STEP:
+                found.append(reply)
+            client.take(reply)
+        server.close()
+        return found
+
+    secret = bytes(range(100, 132))
+    plain = answered(tmp_path / "plain", secret, kill=False)
+    assert answered(tmp_path / "killed", secret, kill=True) == plain
+    assert answered(tmp_path / "other", flipped(secret, 40), kill=False)[0] != plain[0]
+
+
+def test_a_training_of_a_version_with_weak_noise_is_not_gone_on_with(dataset, tmp_path):
+    settings = settings_for(dataset, "sealed")
+    client = open_client(dataset, settings, tmp_path / "site")
+    place = {**msgspec.to_builtins(client.course.place), "secret": 5}
+    client.close()
+    journal = Journal(tmp_path / "site")
+    journal.save(0, {"place": to_tensor(place)})
+    journal.close()
+    with pytest.raises(TrainingError, match="Begin a new training"):
+        open_client(dataset, settings, tmp_path / "site")
+
+
 @pytest.fixture(scope="module")
 def sites() -> tuple[Dataset, list[Split]]:
     whole = phantom.load("mass", 28, seed=0, count=240)
@@ -451,6 +553,60 @@ def test_the_round_goes_on_without_a_silent_site_which_may_come_back(sites, arra
     assert server.session.members[silent].superseded == 1
     first, *others = [state_of(client.course._active, optimisers=False) for client in clients.values()]
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "phase"), [("cloud", Phase.STEP), ("client", Phase.STEP), ("client", Phase.BACK)]
+)
+def test_a_cloud_that_says_superseded_is_shown_no_batch_again(dataset, labels, phase, tmp_path):
+    """Each time with fresh noise, a batch that comes again and again would come without any."""
+    settings = replace(settings_for(dataset, "sealed"), batch=16)
+    plan, shown_of = Plan(settings, labels=labels), {Phase.STEP: [], Phase.EVALUATE: []}
+
+    def open_site() -> Client:
+        return open_client(dataset, settings, tmp_path, validation=dataset.validation, repeatable=False)
+
+    def answer(asked: TrainingMessage, features: int) -> bytes:
+        count, told = len(asked.values), {"values": np.zeros(1, np.int8)}
+        if asked.phase is phase:
+            told["phase"] = Phase.SUPERSEDED
+        elif asked.phase is Phase.JOIN:
+            key = json.loads(asked.values.tobytes())["key"]
+            agreement = {
+                "plan": plan.to_dict(),
+                "keys": {"site-0": key},
+                "frames": {"site-0": len(dataset.train)},
+            }
+            told = told_in_json(json.dumps(agreement).encode())
+        elif asked.phase is Phase.ROUND:
+            told = told_in_json(b'{"round": 0, "halves": {}}')
+        elif asked.phase is Phase.STEP:
+            told["values"] = np.zeros((count, 3, features), np.float32)
+        elif asked.phase is Phase.EVALUATE:
+            told["values"] = np.zeros((count, 4, 2), np.int8)
+        return encode_training(replace(asked, plan=plan.digest, labels=np.empty(0, np.uint16), **told))
+
+    client, refusal = open_site(), ""
+    while not refusal:
+        asked = decode_training(client.request or b"")
+        if (steps := shown_of.get(asked.phase)) is not None:
+            steps.append((asked.step, asked.epoch))
+            assert len(steps) < 100, "without end"
+            request = client.request
+            client.close()
+            client = open_site()
+            assert client.request == request
+        trainer = client.course.trainer
+        try:
+            client.take(answer(asked, 0 if trainer is None else trainer.features))
+        except TrainingError as error:
+            refusal = str(error)
+    assert "round 0, which is over" in refusal
+    per_epoch, every = client.course._active.schedule.per_epoch, client.course._active.schedule.steps
+    assert shown_of[Phase.STEP] == [(step, step // per_epoch) for step in range(every)]
+    assert len(shown_of[Phase.EVALUATE]) == (2 if labels == "cloud" else 0)
+    assert [line["epoch"] for line in client.course.place.metrics] == [1, 2]
+    client.close()
 
 
 def test_a_site_that_was_left_out_while_its_step_waited_is_told(sites):
@@ -604,16 +760,14 @@ def test_error_feedback_makes_up_for_what_rounding_kept():
     assert (told - true).abs().max() < 0.5 * (plain - true).abs().max()
 
 
-def test_clipping_bounds_each_frame_and_noise_has_its_price():
+def test_clipping_bounds_each_frame_and_noise_is_in_its_units():
     gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     clipped = clip_rows(gradient / 6, 0.5) * 6
     assert (clipped.norm(dim=1) <= 0.5 + 1e-6).all()
     small = gradient / gradient.norm(dim=1, keepdim=True) * 0.1 / 6
     assert torch.equal(clip_rows(small, 0.5), small)
-    # One release with multiplier 1: epsilon 4.9 at 1e-5 by the Gaussian mechanism's Renyi bound.
-    assert epsilon(2.0, 1) == pytest.approx(4.9, abs=0.3)
-    assert epsilon(2.0, 4) > 1.8 * epsilon(2.0, 1)
-    assert epsilon(0.0, 1) == float("inf")
+    drawn = draw_noise(bytes(32), b"a test", (6, 4))
+    torch.testing.assert_close((add_noise(gradient, 0.5, 2.0, drawn) - gradient) * 6, 2.0 * 0.5 * drawn)
 
 
 def test_a_half_is_for_the_members_and_from_the_one_who_says_so():
