@@ -126,12 +126,15 @@ def test_the_agent_lives_within_a_small_boards_memory(
     assert report.complete == bool(answered)
 
 
+@pytest.mark.timeout(600)
 def test_a_scenario_that_runs_again_reports_nothing_of_the_run_before(
     tmp_path: Path, mosquitto: Any, served_bundle: Any
 ) -> None:
     np.savez(tmp_path / "r.npz", images=np.zeros((20, 8, 8), np.uint8))
     given = (tmp_path / "r.npz", served_bundle.path, served_bundle.trusted_key, tmp_path / "chaos")
-    calm = Scenario(devices=1, frames=20, duration_s=3.0, heal_s=60.0, rate_hz=50.0, variants=("onnx-float32",))
+    calm = Scenario(
+        devices=1, frames=20, duration_s=3.0, heal_s=240.0, rate_hz=50.0, variants=("onnx-float32",)
+    )
     assert run_chaos(calm, *given).complete
     again = run_chaos(msgspec.structs.replace(calm, frames=10), *given)
     assert (again.results, again.complete) == (10, True)
