@@ -128,6 +128,31 @@ class OneClassServer:
         return self._hijacking.reconstruct(released)
 
 
+class FewFramesServer:
+    """Hijacks by one frame of each class in a batch, which has the whole class's length; the class's other frames are
+    pulled one way all along, a thousand times less: made against a guard to which frames count alike."""
+
+    SHARE = 1e-3
+
+    def __init__(self, hijacking: HijackingServer, network: NetworkSettings) -> None:
+        self._hijacking = hijacking
+        self._ways = torch.randn(network.classes, *network.release_shape)
+
+    def answer(self, released: Tensor, labels: Tensor) -> Tensor:
+        """Gradient at the cut."""
+        pulled = self._hijacking.answer(released, labels)
+        ways = self._ways[labels]
+        sent = ways * (self.SHARE * _length(pulled) / _length(ways))
+        for label in labels.unique():
+            rows = (labels == label).nonzero().flatten()
+            sent[rows[0]] = pulled[rows[0]] * len(rows)
+        return sent
+
+    def reconstruct(self, released: Tensor) -> Tensor:
+        """Frames [B, C, H, W], as the hijacking server makes them."""
+        return self._hijacking.reconstruct(released)
+
+
 class TrainingClient:
     """Trains the client half by what the server answers, and by its own terms of the loss."""
 
@@ -154,7 +179,7 @@ class TrainingClient:
         return alarm
 
 
-Hijacker = HijackingServer | TurningServer | BlendingServer | OneClassServer
+Hijacker = HijackingServer | TurningServer | BlendingServer | OneClassServer | FewFramesServer
 
 
 @dataclass
@@ -189,6 +214,7 @@ def simulate(
     turns_at: int = 0,
     blended: bool = False,
     by_one_class: bool = False,
+    by_few_frames: bool = False,
     guard: GuardSettings | None = None,
     every: int = 20,
 ) -> Course:
@@ -208,13 +234,17 @@ def simulate(
         Whether the hijacking server goes on serving the task meanwhile.
     by_one_class : bool
         Whether the hijacking server pulls the frames of one class alone its own way.
+    by_few_frames : bool
+        Whether it pulls one frame of each class alone its own way.
     every : int
         Steps between two points of the curve.
     """
     with reproducible(settings.seed):
         network = SplitNetwork(settings.split).train()
         client = TrainingClient(network, settings, steps)
-        server = _server(network, dataset, settings, steps, hijack, turns_at, blended, by_one_class)
+        server = _server(
+            network, dataset, settings, steps, hijack, turns_at, blended, by_one_class, by_few_frames
+        )
         watch, course = GradientGuard(guard), Course()
         images, labels = frames_of(dataset.train), torch.from_numpy(dataset.train.labels)
         order = torch.randperm(len(labels))
@@ -239,6 +269,7 @@ def _server(
     turns_at: int,
     blended: bool,
     by_one_class: bool,
+    by_few_frames: bool,
 ) -> HonestServer | Hijacker:
     if hijack is None:
         return HonestServer(network, settings, steps)
@@ -248,6 +279,8 @@ def _server(
         return BlendingServer(HonestServer(network, settings, steps), server)
     if by_one_class:
         return OneClassServer(server, settings.split.network)
+    if by_few_frames:
+        return FewFramesServer(server, settings.split.network)
     return TurningServer(HonestServer(network, settings, steps), server, turns_at) if turns_at else server
 
 
@@ -277,7 +310,7 @@ def run_trial(
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
     under `conditional`, those of both when they serve the task for `turns_at` batches first under `turning`, those of
     the one that is told the labels and serves the task all the while under `blended`, and those of the published attack
-    by the frames of one class under `by_one_class`.
+    by the frames of one class under `by_one_class`, and by one frame of each class under `by_few_frames`.
 
     Parameters
     ----------
@@ -306,6 +339,7 @@ def run_trial(
         "turning": {"turns_at": turns_at, **both(turns_at)},
         "blended": hijacked(True, blended=True),
         "by_one_class": hijacked(False, by_one_class=True),
+        "by_few_frames": hijacked(False, by_few_frames=True),
         "floor_ssim": floor,
         "honest_trainings": len(honest),
         "false_alarms": sum(course.alarm_step is not None for course in honest),

@@ -62,6 +62,10 @@ CONTRASTED = {
     "label": "the device sends its own label",
     "scores": "the device sends its own scores",
 }
+_BY_SOME = {
+    "by_one_class": "by the frames of one class",
+    "by_few_frames": "by one frame of each class in a batch",
+}
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -296,7 +300,7 @@ def _attackers(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         (f"as published{turns}", later),
         (f"critic told the labels{turns}", later["conditional"]),
         ("critic told the labels, serves the task as well", row["blended"]),
-        *([("by the frames of one class", row["by_one_class"])] if "by_one_class" in row else []),
+        *[(told, row[name]) for name, told in _BY_SOME.items() if name in row],
     ]
 
 

@@ -7,7 +7,9 @@ server half changes slowly. A server that trains the client half to its own ends
 pulls all frames alike, whatever their labels; or, if its critic is told the labels, each class its own way, but
 in the next batch a different one, as a critic follows what it criticises. So the guard takes the mean direction in
 which each class of a batch is pulled, and watches how often those of one class are more alike, from batch to
-batch, than those of two. The gradient scrutinizer (Fu et al., NDSS 2023) compares frames of one batch, by three
+batch, than those of two. It does so twice: once each frame counts alike, and once by its gradient's length, as it does
+to the client half; else a server could hijack by a few frames of each class and outnumber them by short gradients in a
+fixed way of the class. The gradient scrutinizer (Fu et al., NDSS 2023) compares frames of one batch, by three
 measures and a fit; there, honest gradients look like those of a critic that is told the labels once the task is
 learned, or where sites hold different classes, and in the mean over a class and across batches they do not. The rank
 (ours, as are both of these) is free of scale and needs no model of either distribution.
@@ -19,7 +21,8 @@ unguarded one.
 
 What it cannot see: a server whose gradients depend on the labels as the task's do, such as one that answers with
 the task's own gradient while it is watched. One that adds the task's gradient to its own is seen late, and where the
-client half is undefended too late (`splitward.audit.hijack_trial`). One that hijacks by the frames of a single class,
+client half is undefended too late (`splitward.audit.hijack_trial`); a fixed way of each class, as long as its own
+pull, hides that as well. One that hijacks by the frames of a single class,
 and pulls each other class a fixed way, is not seen at all, and reads an undefended client half; against `sealed` it
 gains nothing (`by_one_class` in docs/results/hijack*.json). No threshold on lengths would tell it from an honest
 server: the others' gradients need not be under a tenth of that one's, and in honest trainings two classes come to
@@ -74,7 +77,8 @@ class GradientGuard:
     batches : int
         Batches seen so far.
     separation : float
-        Over the last batches; 1 before there are pairs of both kinds.
+        Over the last batches, by the mean directions or by the pulls, whichever is less; 1 before there are pairs of
+        both kinds.
     alone : int
         Batches of two classes and more in a row of which one class alone had a gradient.
     """
@@ -82,13 +86,14 @@ class GradientGuard:
     def __init__(self, settings: GuardSettings | None = None) -> None:
         self.settings = settings or GuardSettings()
         self.batches, self.separation, self.alone = 0, 1.0, 0
-        self._means = np.empty((0, 0), np.float32)
+        self._means = self._pulls = np.empty((0, 0), np.float32)
         self._classes = self._batch = np.empty(0, np.int64)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """What it goes by, for `resume`: mean directions, float32 [N, D], of which class and batch."""
+        """What it goes by, for `resume`: mean directions and pulls, float32 [N, D], of which class and batch."""
         return {
             "means": self._means,
+            "pulls": self._pulls,
             "classes": self._classes,
             "batch": self._batch,
             "batches": np.array(self.batches),
@@ -99,7 +104,8 @@ class GradientGuard:
         """Go on where another guard was."""
         self._means, self._classes, self._batch = (state[name] for name in ("means", "classes", "batch"))
         self.batches = int(state["batches"])
-        self.alone = int(state.get("alone", 0))  # guards before this one had none
+        # Guards before this one had neither.
+        self._pulls, self.alone = state.get("pulls", self._means), int(state.get("alone", 0))
 
     def observe(self, gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> None:
         """Judge the gradient of one batch, before it is applied.
@@ -117,10 +123,11 @@ class GradientGuard:
             The gradients do not depend on the labels as the task's would.
         """
         settings = self.settings
-        means, classes = class_directions(gradient, labels)
+        means, pulls, classes = class_directions(gradient, labels)
         self.batches += 1
         kept = self._batch > self.batches - settings.window
         self._means = np.concatenate([self._means.reshape(-1, means.shape[1])[kept], means])
+        self._pulls = np.concatenate([self._pulls.reshape(-1, pulls.shape[1])[kept], pulls])
         self._classes = np.concatenate([self._classes[kept], classes])
         self._batch = np.concatenate([self._batch[kept], np.full(len(classes), self.batches)])
         if len(np.unique(labels)) > 1 and len(classes):
@@ -131,8 +138,11 @@ class GradientGuard:
                 "alone: they do not serve the task. Stop, and trust neither this server nor the client half that it "
                 "trained."
             )
-        separation = class_separation(self._means, self._classes, self._batch, settings.reach)
-        self.separation = 1.0 if separation is None else separation
+        found = [
+            class_separation(directions, self._classes, self._batch, settings.reach)
+            for directions in (self._means, self._pulls)
+        ]
+        self.separation = min(1.0 if separation is None else separation for separation in found)
         if self.batches >= settings.first and self.separation < settings.threshold:
             raise HijackError(
                 f"batch {self.batches}: the server's gradients separate the classes by {self.separation:.2f}, "
@@ -144,15 +154,20 @@ class GradientGuard:
 
 def class_directions(
     gradient: NDArray[np.floating[Any]], labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Mean direction of each class's gradients in one batch, [K, D], of length 1, and the classes [K].
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """Mean directions and pulls of a batch's classes, both [K, D] of length 1, and the classes [K].
 
-    Each frame counts alike, whatever its gradient's length. A class whose gradients have vanished has none.
+    To the mean direction each frame counts alike, whatever its gradient's length; the pull is the direction of the
+    gradients' sum, which is what moves the client half. A class whose gradients have vanished has neither.
     """
-    rows, _ = _directions(gradient.reshape(len(labels), -1).astype(np.float64))
+    rows = gradient.reshape(len(labels), -1).astype(np.float64)
+    alike, _ = _directions(rows)
     classes = np.unique(labels)
-    means, lengths = _directions(np.stack([rows[labels == label].mean(0) for label in classes]))
-    return means[lengths > 0].astype(np.float32), classes[lengths > 0]
+    members = [labels == label for label in classes]
+    means, lengths = _directions(np.stack([alike[member].mean(0) for member in members]))
+    pulls, _ = _directions(np.stack([rows[member].sum(0) for member in members]))
+    kept = lengths > 0
+    return means[kept].astype(np.float32), pulls[kept].astype(np.float32), classes[kept]
 
 
 def class_separation(

@@ -44,6 +44,7 @@ FSHA = {
             "conditional": told(False, [40, None], None),
             "turning": {"turns_at": 40, **told(True, [48], 0.1), "conditional": told(True, [50], 0.11)},
             "blended": told(True, [51], 0.12),
+            "by_few_frames": told(True, [8], 0.13),
             "floor_ssim": 0.318,
             "false_alarms": 0,
             "honest_trainings": 20,
@@ -171,6 +172,10 @@ def test_the_page_shows_the_tables_figures(grid, monkeypatch):
     assert "| sealed | critic told the labels, serves the task as well | late | 51 |" in page
     turned = "critic told the labels, turns after 40"
     assert f"| sealed | {turned} | yes | 50 | 0.110 | 0.500 | 0.318 | 0 of 20 |" in page
+    assert (
+        "| sealed | by one frame of each class in a batch | yes | 8 | 0.130 | 0.500 | 0.318 | 0 of 20 |" in page
+    )
+    assert "by the frames of one class" not in page, "what was not measured has no line"
 
 
 def test_the_hijacking_trial_is_taken_into_the_table(grid, tmp_path):

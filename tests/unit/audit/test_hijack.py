@@ -11,6 +11,7 @@ import torch
 from splitward.audit.hijack import HijackingServer, HijackSettings
 from splitward.audit.hijack_trial import (
     BlendingServer,
+    FewFramesServer,
     HonestServer,
     OneClassServer,
     TrainingClient,
@@ -120,6 +121,26 @@ def test_a_server_that_hijacks_by_one_class_pulls_the_others_one_way_and_less(da
         assert 0.05 < lengths[labels == 1].mean() / lengths[labels == 0].mean() < 0.2
 
 
+def test_a_server_that_hijacks_by_few_frames_gives_them_their_classes_whole_length(dataset):
+    split = split_settings(dataset, "sealed")
+    shadow, shadow_labels = to_unit(frames_of(dataset.validation)), torch.from_numpy(dataset.validation.labels)
+    released, labels = torch.rand(8, 16, generator=torch.Generator().manual_seed(3)), torch.arange(8) % 2
+
+    def servers() -> tuple[HijackingServer, FewFramesServer]:
+        hijacking = HijackingServer(split, shadow, shadow_labels, QUICK)
+        return hijacking, FewFramesServer(hijacking, split.network)
+
+    with reproducible(0):
+        pulled = servers()[0].answer(released, labels)
+    with reproducible(0):
+        sent = servers()[1].answer(released, labels)
+    torch.testing.assert_close(sent[:2], 4 * pulled[:2])
+    assert 0 < sent[2:].norm(dim=1).max() < 0.01 * pulled.norm(dim=1).mean()
+    for label in (0, 1):
+        ways = sent[2:][labels[2:] == label] / sent[2:][labels[2:] == label].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(ways, ways[:1].expand_as(ways))
+
+
 def test_one_seed_gives_the_same_course(dataset):
     settings = settings_for(dataset, "sealed")
     first, again = (simulate(dataset, settings, 4, hijack=QUICK) for _ in range(2))
@@ -149,3 +170,4 @@ def test_the_trial_is_plain_values_and_the_guard_tells_the_two_servers_apart(dat
     assert found["turning"]["detected"]
     assert 9 < found["turning"]["step_at_detection"][0] <= 24
     assert found["blended"].keys() == found["conditional"].keys()
+    assert found["by_few_frames"]["step_at_detection"] == [8]
