@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import logging
 import signal
 import socket
 import ssl
@@ -52,6 +53,7 @@ class _Server(uvicorn.Server):
         """Start, and take what is in memory then out of Python's garbage collection: it stays, and to go through
         all of torch's and the models' objects again and again would hold up every reply."""
         await super().startup(sockets)
+        logging.getLogger(__name__).info("the API answers at %s, port %d", self.config.host, self.config.port)
         gc.collect()
         gc.freeze()
 
@@ -128,10 +130,10 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(
             _migrate(config)
         )  # here a store that cannot be used is told in one line, in the server by a traceback
+        return _serve(app, config)
     except (SplitwardError, Problem) as error:
         sys.stderr.write(f"{error.detail if isinstance(error, Problem) else error}\n")
         return 2
-    return _serve(app, config)
 
 
 def _certify(config: CloudConfig, service: str, hosts: tuple[str, ...], days: float, out: Path) -> None:
@@ -183,7 +185,24 @@ async def _create_token(config: CloudConfig, name: str, scope: Scope) -> str:
         await store.close()
 
 
+def _listen(api: ApiConfig) -> list[socket.socket]:
+    """Listen at each address of the host, before anything starts; callers wait until the service answers.
+
+    A start whose port is taken must end before it connects to the broker: it has the client id of the worker that
+    runs, whose connection would end. Two that start at once could both bind the port, but not both listen.
+    """
+    try:
+        found = socket.getaddrinfo(api.host or None, api.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
+        return [socket.create_server(address, family=family) for family, address in addresses]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"api.host {api.host}, api.port {api.port}: {error}. Give an address of this machine and a free port."
+        ) from error
+
+
 def _serve(app: FastAPI, config: CloudConfig) -> int:
+    sockets = _listen(config.api)
     settings = uvicorn.Config(
         app,
         config.api.host,
@@ -202,7 +221,7 @@ def _serve(app: FastAPI, config: CloudConfig) -> int:
     for ended in (signal.SIGTERM, signal.SIGINT):
         # uvicorn drains at the signal and then raises it once more, for whoever handled it before.
         signal.signal(ended, signal.SIG_IGN)
-    server.run()
+    server.run(sockets)
     return 0 if server.started else 2
 
 

@@ -17,7 +17,7 @@ const RECONNECT_MS = 3000;
 const byId = (id) => document.getElementById(id);
 const buckets = new Map(); // second / BUCKET_S -> { count, latencies }
 const classes = new Map(); // model id -> names of its classes
-let last = []; // newest first
+const last = []; // newest first
 let missed = 0;
 let paused = false;
 let changed = true;
@@ -32,10 +32,8 @@ function note(record) {
   if (bucket.latencies.length < MAX_LATENCIES) {
     bucket.latencies.push(Math.max(0, storedAtNs - capturedAtNs) / 1e6);
   }
-  if (!paused) {
-    last.unshift(record);
-    last.length = Math.min(last.length, ROWS);
-  }
+  last.unshift(record);
+  last.length = Math.min(last.length, ROWS);
   changed = true;
 }
 
@@ -95,9 +93,11 @@ function drawReadouts(bucket) {
 
 function draw() {
   drawFigures();
-  if (changed && !paused) fill(byId("results"), last.map((record) => resultRow(record, classes)));
+  if (changed && !paused) {
+    fill(byId("results"), last.map((record) => resultRow(record, classes)));
+    changed = false;
+  }
   byId("missed").textContent = missed ? `This page was too slow for ${missed.toLocaleString()} results; they are stored.` : "";
-  changed = false;
 }
 
 // --- what is asked again and again -----------------------------------------------------------------------
@@ -130,12 +130,8 @@ async function refresh() {
       classes.set(model, names);
     }
     fill(byId("models"), modelRows(models.models, bundles.bundles, accuracy.models));
-    if (!byId("rollouts").contains(document.activeElement)) { // a button in use is not taken away
-      fill(byId("rollouts"), rolloutRows(rollouts.rollouts, halt));
-    }
-    if (!byId("trainings").contains(document.activeElement)) {
-      fill(byId("trainings"), trainingRows(trainings.trainings, change));
-    }
+    fill(byId("rollouts"), rolloutRows(rollouts.rollouts, halt));
+    fill(byId("trainings"), trainingRows(trainings.trainings, change));
     fill(byId("letters"), deadLetterRows(letters.dead_letters));
     byId("letters-count").textContent = letters.dead_letters.length || "";
   } catch (error) {
@@ -154,7 +150,6 @@ async function halt(rollout) {
   } catch (error) {
     said.textContent = `It could not be halted: ${error.message}`;
   }
-  document.activeElement?.blur();
 }
 
 async function change(training, what) {
@@ -166,7 +161,6 @@ async function change(training, what) {
   } catch (error) {
     said.textContent = `That could not be done: ${error.message}`;
   }
-  document.activeElement?.blur();
 }
 
 async function listen() {
@@ -189,7 +183,7 @@ async function listen() {
 
 // --- start -----------------------------------------------------------------------------------------------
 
-/** Ask for a token, and begin again with it. */
+/** Ask for a token. */
 function logIn(why) {
   byId("login-why").textContent = hasToken() ? `The token was refused: ${why}` : "";
   forgetToken();
@@ -206,11 +200,12 @@ function prepare() {
     byId(id).addEventListener("pointermove", (event) => { hovered = indexAt(event, BUCKETS); draw(); });
     byId(id).addEventListener("pointerleave", () => { hovered = null; draw(); });
   }
-  byId("login").addEventListener("cancel", (event) => event.preventDefault()); // there is nothing behind it
+  byId("login").addEventListener("close", () => { // by Escape, maybe; there is nothing behind it
+    if (!hasToken()) byId("login").showModal();
+  });
   byId("login-form").addEventListener("submit", () => {
     setToken(byId("token").value.trim());
-    byId("token").value = "";
-    begin();
+    window.location.reload(); // nothing of before is counted twice, and one stream is followed
   });
   byId("logout").addEventListener("click", () => { forgetToken(); window.location.reload(); });
   setInterval(draw, DRAW_EVERY_MS);

@@ -25,14 +25,27 @@ export function cell(text, { tag = "td", kind = "" } = {}) {
   return element;
 }
 
+/** Fill a table. The button that holds the focus stays, with its cell: it may be half pressed, or be read out. */
 export function fill(body, rows) {
-  if (rows.length) {
-    body.replaceChildren(...rows.map((cells) => {
-      const row = document.createElement("tr");
-      row.append(...cells);
-      return row;
-    }));
+  if (!rows.length) return;
+  const button = body.contains(document.activeElement) ? document.activeElement : null;
+  let kept = null;
+  const made = rows.map((cells) => {
+    const row = document.createElement("tr");
+    row.append(...cells);
+    if (button === null || row.querySelector("button")?.id !== button.id) return row;
+    kept = button.closest("tr");
+    [...row.cells].forEach((one, i) => { if (!kept.cells[i].contains(button)) kept.cells[i].replaceWith(one); });
+    return kept;
+  });
+  if (kept === null) {
+    body.replaceChildren(...made);
+    if (button !== null) body.closest(".scroll").focus({ preventScroll: true }); // as near as can be
+    return;
   }
+  for (const row of [...body.rows]) if (row !== kept) row.remove();
+  kept.before(...made.slice(0, made.indexOf(kept)));
+  kept.after(...made.slice(made.indexOf(kept) + 1));
 }
 
 export function setState(element, text, kind) {

@@ -120,6 +120,7 @@ export function rolloutRows(rollouts, halt) {
     if (running) {
       const button = cell("Halt", { tag: "button" });
       button.type = "button";
+      button.id = `halt-${rollout.id}`;
       button.setAttribute("aria-label", `Halt the roll-out of ${rollout.model.slice(0, 12)}`);
       button.addEventListener("click", () => halt(rollout));
       action.append(button);
@@ -176,6 +177,7 @@ export function trainingRows(trainings, change) {
     if (what) {
       const button = cell(what === "stop" ? "Stop" : "Resume", { tag: "button" });
       button.type = "button";
+      button.id = `${what}-${id}`;
       button.setAttribute("aria-label", `${button.textContent} the training ${name}`);
       button.addEventListener("click", () => change(training, what));
       action.append(button);

@@ -21,6 +21,7 @@ from cloud.config import (
 )
 from cloud.transport import open_transport
 from splitward.errors import ConfigError
+from tests.unit.cloud.conftest import FakeTransport
 
 
 @pytest.fixture
@@ -154,6 +155,36 @@ def test_a_device_on_which_torch_cannot_compute_is_told_in_one_line(write, tmp_p
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"engine.device {device!r}: torch cannot compute there: ")
     assert 'Give "cpu"' in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_start_at_a_taken_port_says_so_and_does_not_reach_the_broker(
+    write, tmp_path, capsys, monkeypatch, host
+):
+    transport = FakeTransport()
+    monkeypatch.setattr("cloud.app.open_transport", lambda _config: transport)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        running = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with running:
+        port = running.getsockname()[1]
+        text = f"""
+            models = []
+            [api]
+            host = "{host}"
+            port = {port}
+            [store]
+            url = "sqlite+aiosqlite:///{tmp_path}/cloud.db"
+            [fleet]
+            state_dir = "{tmp_path}/fleet"
+        """
+        assert main(["--config", str(write(text))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"api.host {host}, api.port {port}: ")
+    assert not transport.steps
+    assert not transport.connected
 
 
 @pytest.mark.parametrize(
