@@ -69,7 +69,8 @@ FINE = 10
 """So many steps of the grid before the noise are in a sigma, or it is no small thing beside it (our choice)."""
 _CHUNK = 250
 _DRAWS, _SAMPLES, _SCENES = 4, 20_000, 1000
-_NO_NOISE = 1e-9
+_CERTAIN = 100
+"""A noise of so small a part of the grid's step hides nothing, and is more than the rounding of a distance."""
 _APART = 1e3
 """So many sigma lie between frames whose captures do not coincide alike: as good as infinitely many."""
 ASSUMPTIONS = (
@@ -155,14 +156,15 @@ def certify(network: SplitNetwork, frames: Tensor, labels: Tensor, *, seed: int 
 
     values = clean(frames)
     bounds = {n: candidates_bound(values, frames, labels, sigma / n**0.5, seed=seed) for n in CAPTURES}
-    fine = seal.bound / seal.steps <= sigma / FINE
+    step = seal.bound / seal.steps
+    fine = step <= sigma / FINE
     trace, unbiased = fisher_bounds(network, frames, labels) if fine else (None, None)
     return Certificate(
         bound_mse=bounds[1][0],
         captures_mse={n: bound for n, (bound, _) in bounds.items()},
         recaptures_mse=recaptures_bound(clean, frames, labels, sigma, seed=seed),
         movement=MOVEMENT,
-        values_mse=candidates_bound(values, frames, labels, _NO_NOISE, draws=2, seed=seed)[0],
+        values_mse=candidates_bound(values, frames, labels, step / _CERTAIN, draws=2, seed=seed)[0],
         identified=bounds[1][1],
         class_mean_mse=_class_mean_error(frames, labels),
         trace_mse=trace,

@@ -118,6 +118,25 @@ def test_who_knows_the_values_has_the_mean_of_the_frames_that_share_them():
     assert bound == pytest.approx(0.1 * 0.25**2)
 
 
+def test_the_bound_for_who_knows_the_values_is_the_spread_within_a_class_and_code(sealed):
+    """On a coarse grid, where many frames round alike; distances that are all but 0 must not choose among these."""
+    _, frames, labels = sealed
+    torch.manual_seed(0)
+    dataset = phantom.load("mass", 28, seed=0, count=20)
+    network = SplitNetwork(split_settings(dataset, "sealed", seal={"steps": 2})).eval()
+    certificate = certify(network, frames, labels)
+    assert certificate is not None
+    with torch.no_grad():
+        values = network.seal.round_clean(network.client(network.attack(frames)))
+    _, codes = torch.cat((values.flatten(1), labels[:, None]), 1).unique(dim=0, return_inverse=True)
+    spread = sum(
+        float((frames[codes == code] - frames[codes == code].mean(0)).square().sum()) for code in codes.unique()
+    )
+    assert 1 < len(codes.unique()) < len(frames)
+    assert certificate.values_mse == pytest.approx(spread / frames.numel(), rel=1e-4)
+    assert certificate.values_mse <= certificate.bound_mse
+
+
 @pytest.fixture
 def scenes() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
