@@ -97,6 +97,10 @@ class Why(_Body):
     reason: str = Field(default="", max_length=200, pattern=r"^[^\x00]*$")  # PostgreSQL's texts hold no 0
 
 
+NO_REASON = Why()
+"""What a request without a body says."""
+
+
 class NewLabel(_Body):
     """The true class of a frame."""
 
@@ -336,7 +340,7 @@ async def revocations(parts: Parts) -> Response:
 
 
 @router.post("/devices/{device}/revoke")
-async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Why) -> Response:
+async def revoke_device(parts: Parts, caller: Operator, device: InPath, body: Why = NO_REASON) -> Response:
     """Revoke a device's certificates; the broker refuses it once it has the new revocation list."""
     return as_json({"revoked": await parts.enrolment.revoke(device, body.reason, caller.name)})
 
@@ -395,7 +399,7 @@ async def rollouts(parts: Parts, _: Reader, limit: Limit = 100) -> Response:
 
 
 @router.post("/rollouts/{rollout}/halt")
-async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why) -> Response:
+async def halt_rollout(parts: Parts, caller: Operator, rollout: Model, body: Why = NO_REASON) -> Response:
     """Stop a roll-out: nothing more is announced, and it is taken back within seconds of a broker being there."""
     await parts.rollouts.halt(rollout, body.reason or "halted by an operator", caller.name)
     return as_json({"halted": rollout})

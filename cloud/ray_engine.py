@@ -69,6 +69,9 @@ class RayEngine:
 
     def __init__(self, paths: Iterable[str], batch_size: int, config: EngineConfig) -> None:
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # its threads outlive a shutdown, and would start a cluster
+        os.environ["RAY_USAGE_STATS_ENABLED"] = (
+            "0"  # a cluster of this process's own would report to Ray's makers
+        )
         try:
             import ray.serve
         except ImportError as error:
@@ -122,7 +125,6 @@ class RayEngine:
         import ray
 
         own, serve = self._config.ray, self._serve
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not ray.is_initialized():
             ray.init(
                 own.address or "local", namespace="splitward", log_to_driver=False, include_dashboard=False

@@ -182,7 +182,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--defence",
         default="sealed",
         help="none, psgl or sealed (default); or, to compare: gaussian, nopeek, ressfl, cem, projection, "
-        "psgl-published, label",
+        "psgl-published, label, scores",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
     parser.add_argument("--epochs", type=int, default=10)

@@ -89,9 +89,18 @@ def _check(target: Target, dataset: Dataset) -> None:
             f"{target.frame_shape[-1]}, or other data."
         )
     if tuple(dataset.classes) != target.classes:
-        raise AuditError(
-            f"{dataset.name}: classes {', '.join(dataset.classes)}, but {target.name} knows "
-            f"{', '.join(target.classes)}. Give the --task that it was trained for."
-        )
+        raise AuditError(_differing(dataset, target))
     if min(shape[1:]) < SMALLEST_SIDE:
         raise AuditError(f"frames of {shape}: SSIM needs {SMALLEST_SIDE} pixels a side.")
+
+
+def _differing(dataset: Dataset, target: Target) -> str:
+    """What to say of classes that are not those of the target."""
+    strange = [one for one in dataset.classes if one not in target.classes]
+    lacking = [one for one in target.classes if one not in dataset.classes]
+    found = [f"has {', '.join(strange)}, which {target.name} does not know"] if strange else []
+    found += [f"lacks {', '.join(lacking)}, which {target.name} tells apart"] if lacking else []
+    found = found or [f"has its classes in another order than {target.name}"]
+    others = [one for one in dataset.tasks if one != dataset.task]
+    remedy = f", or give the --task that it was trained for: {' or '.join(others)}" if others else ""
+    return f"{dataset.name}: {', and '.join(found)}. Give data with the classes {', '.join(target.classes)}{remedy}."

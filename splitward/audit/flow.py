@@ -119,6 +119,8 @@ def _open_data(target: Target, settings: AuditSettings) -> tuple[Dataset, bool]:
         same = target.data is not None and os.path.realpath(settings.data) == os.path.realpath(target.data[0])
         if target.data is not None and not same:
             _refuse_trained_on(target.data, settings.data, dataset)
+    if sorted(dataset.classes) == sorted(target.classes):  # folders sort them by name, an archive as it likes
+        dataset = dataset.in_order(target.classes)
     return dataset, same
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Three splits with what a reader must know of them; `source` names origin and treatment."""
+    """Three splits with what a reader must know of them.
+
+    `source` names origin and treatment; `tasks` is what the labels can be read for, where that is more than one.
+    """
 
     name: str
     task: str
@@ -64,6 +67,15 @@ class Dataset:
     synthetic: bool
     licence: str
     source: str
+    tasks: tuple[str, ...] = ()
+
+    def in_order(self, classes: tuple[str, ...]) -> Dataset:
+        """The same with its classes in another order, such as that of a network that knows them."""
+        place = np.array([classes.index(one) for one in self.classes])
+        train, validation, test = (
+            replace(split, labels=place[split.labels]) for split in (self.train, self.validation, self.test)
+        )
+        return replace(self, classes=classes, train=train, validation=validation, test=test)
 
     def digest(self) -> str:
         """32 hexadecimal digits that name all images and labels; a second for each GB of them."""

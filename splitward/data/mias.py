@@ -102,6 +102,7 @@ def load(folder: Path, task: str, size: int | None, seed: int) -> Dataset:
         synthetic=False,
         licence="MIAS: research use only; cite Suckling et al. 1994; never rent, lease or sell",
         source=f"mini-MIAS, {len(labels)} images at {side} x {side}; split by patient, ceil(number / 2)",
+        tasks=TASKS,
     )
 
 

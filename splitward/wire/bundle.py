@@ -167,6 +167,10 @@ def read_bundle(path: Path, trusted: Ed25519PublicKey | SignatureCheck) -> Bundl
             _check_directory(file, path)
             with zipfile.ZipFile(file) as archive:
                 return _read(archive, path, trusted)
+    except FileNotFoundError as error:
+        raise BundleError(
+            "unreadable", f"{path}: is not there. Put the bundle there, or correct the path."
+        ) from error
     except _DAMAGE as error:
         raise BundleError("unreadable", f"{path}: is not a whole bundle: {error}. Fetch it again.") from error
 
@@ -293,6 +297,10 @@ def read_signing_key(path: Path) -> Ed25519PrivateKey:
 
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: is not there. Correct the path, or make a key with `splitward keygen`."
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path}: is not a signing key: {error}. Make one with `splitward keygen`."
@@ -309,6 +317,10 @@ def read_trusted_key(path: Path) -> Ed25519PublicKey:
 
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: is not there. Correct the path: `trusted_key` is the .pub file beside the signing key."
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: is not a public key: {error}. `trusted_key` is the .pub file beside the signing key."

@@ -354,5 +354,12 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a key")
     for name in ("curve", "curve.pub", "text", "nothing"):
         for read in (read_signing_key, read_trusted_key):
-            with pytest.raises(ConfigError, match=str(tmp_path / name)):
+            said = "is not there" if name == "nothing" else "is not a"
+            with pytest.raises(ConfigError, match=f"{tmp_path / name}: {said}"):
                 read(tmp_path / name)
+
+
+def test_a_bundle_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"^{tmp_path / 'nothing'}: is not there") as refused:
+        read_bundle(tmp_path / "nothing", KEY.public_key())
+    assert refused.value.reason == "unreadable"

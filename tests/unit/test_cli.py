@@ -46,6 +46,16 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: splitward {command}" in capsys.readouterr().out
 
 
+def test_the_help_of_train_names_every_defence(capsys, monkeypatch):
+    from splitward.method.split import COMPARED, DEFENCES
+
+    monkeypatch.setenv("COLUMNS", "1000")  # names with hyphens are broken at the end of a line
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  --defence "))
+    assert set(DEFENCES | COMPARED) <= set(re.findall(r"[a-z-]+", said))
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--version"])

@@ -10,13 +10,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from splitward.audit import flow
 from splitward.audit.flow import run_audit
 from splitward.audit.frontier import Point, draw_frontier, frontier, read_points
 from splitward.audit.gallery import strip_png
-from splitward.audit.settings import AuditSettings, Effort
+from splitward.audit.settings import AuditSettings, Effort, Sizes
+from splitward.audit.target import open_target
 from splitward.errors import AuditError
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
@@ -159,6 +161,21 @@ def test_images_that_the_run_was_trained_on_are_refused_wherever_they_come_from(
         audit(data="phantom-of-today")
     _, results, _ = audit(data="./phantom")  # its own, however it is spelled
     assert results["data"]["own"] is True
+
+
+def test_classes_that_are_only_sorted_otherwise_are_put_in_the_targets_order(run_folder, phantoms, monkeypatch):
+    assert phantoms.classes == ("normal", "mass")
+    turned = phantoms.in_order(("mass", "normal"))
+    assert (turned.test.labels == 1 - phantoms.test.labels).all()
+    monkeypatch.setattr(flow, "open_dataset", lambda spec, task, size: turned)
+    target = replace(open_target(run_folder), data=None)  # as of a bundle
+    dataset, own = flow._open_data(target, AuditSettings(run_folder, data="folder"))
+    assert not own
+    assert dataset.digest() == phantoms.digest()
+    sizes = Sizes(20, 6)
+    (case, images), (same, same_images) = (sizes.draw(target, one) for one in (phantoms, dataset))
+    assert torch.equal(case.labels, same.labels)
+    assert torch.equal(images, same_images)
 
 
 def test_an_unknown_attack_is_refused(fake):

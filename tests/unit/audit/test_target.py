@@ -105,8 +105,14 @@ def test_a_case_is_drawn_by_its_seed(target, phantoms):
 
 
 def test_data_that_does_not_fit_is_refused(target, phantoms):
-    with pytest.raises(AuditError, match="--task"):
-        make_case(target, replace(phantoms, classes=("a", "b")), **SIZES)
+    for changes, said in (
+        ({"classes": ("normal", "lesion")}, r"has lesion, .* and lacks mass, .* the classes normal, mass\.$"),
+        ({"classes": ("normal", "mass", "cyst")}, r"phantom: has cyst, which \S+ does not know\. Give data"),
+        ({"classes": ("normal",)}, r"phantom: lacks mass, which"),
+        ({"classes": ("a", "b"), "tasks": ("mass", "roi")}, r"or give the --task .*: roi\.$"),
+    ):
+        with pytest.raises(AuditError, match=said):
+            make_case(target, replace(phantoms, **changes), **SIZES)
     wide = replace(phantoms, test=replace(phantoms.test, images=phantoms.test.images[..., :20]))
     with pytest.raises(AuditError, match="--size 28"):
         make_case(target, wide, **SIZES)

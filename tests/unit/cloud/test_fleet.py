@@ -119,6 +119,23 @@ async def test_a_certificate_is_renewed_by_its_holder_until_it_is_revoked(fleet)
     assert crl.is_signature_valid(fleet.parts.authority.certificate.public_key())
 
 
+@pytest.mark.parametrize(
+    ("body", "code"), [(b"", 200), (b'{"reason": "lost"}', 200), (b'{"why": "lost"}', 422)]
+)
+async def test_a_reason_need_not_be_given(fleet, tiny_bundle, body, code):
+    """docs/cloud.md and docs/runbook.md write these requests without a body."""
+    await enrol(fleet, "pi-1", request_for("pi-1")[1])
+    name = await start_rollout(fleet, tiny_bundle, devices=1)
+    for path in ("/v1/devices/pi-1/revoke", f"/v1/rollouts/{name}/halt"):
+        about = fleet.app.openapi()["paths"][path.replace("pi-1", "{device}").replace(name, "{rollout}")][
+            "post"
+        ]
+        assert not about["requestBody"].get("required", False)
+        kind = {"Content-Type": "application/json"} if body else {}
+        answer = await fleet.http.post(path, content=body, headers=kind)
+        assert answer.status_code == code, (path, answer.text)
+
+
 async def test_tokens_have_scopes_and_can_be_revoked(run_cloud):
     async with run_cloud(api=ApiConfig()) as cloud:
         access = cloud.parts.access
