@@ -143,7 +143,7 @@ class FewFramesServer:
         pulled = self._hijacking.answer(released, labels)
         ways = self._ways[labels]
         sent = ways * (self.SHARE * _length(pulled) / _length(ways))
-        for label in labels.unique():
+        for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             rows = (labels == label).nonzero().flatten()
             sent[rows[0]] = pulled[rows[0]] * len(rows)
         return sent
