@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class TurningServer:
 class BlendingServer:
     """Serves the task and hijacks at once, the one gradient as long as the other: made against the guard."""
 
-    def __init__(self, honest: HonestServer, hijacking: HijackingServer) -> None:
+    def __init__(self, honest: HonestServer | FixedWays, hijacking: HijackingServer) -> None:
         self._honest, self._hijacking = honest, hijacking
 
     def answer(self, released: Tensor, labels: Tensor) -> Tensor:
@@ -105,6 +105,17 @@ class BlendingServer:
         return self._hijacking.reconstruct(released)
 
 
+class FixedWays:
+    """Pulls each class one way all along: to the guard that looks like the task, and it takes no server half."""
+
+    def __init__(self, network: NetworkSettings) -> None:
+        self._ways = torch.randn(network.classes, *network.release_shape)
+
+    def answer(self, released: Tensor, labels: Tensor) -> Tensor:
+        """Gradient at the cut."""
+        return self._ways[labels].to(released)
+
+
 class OneClassServer:
     """Hijacks by the frames of one class, and pulls each other class one way all along, ten times less: made against
     the guard, which cannot tell it from a server of the task."""
@@ -112,14 +123,13 @@ class OneClassServer:
     SHARE = 0.1
 
     def __init__(self, hijacking: HijackingServer, network: NetworkSettings, label: int = 0) -> None:
-        self._hijacking, self._label = hijacking, label
-        self._ways = torch.randn(network.classes, *network.release_shape)
+        self._hijacking, self._fixed, self._label = hijacking, FixedWays(network), label
 
     def answer(self, released: Tensor, labels: Tensor) -> Tensor:
         """Gradient at the cut."""
         pulled = self._hijacking.answer(released, labels)
         others = labels != self._label
-        ways = self._ways[labels[others]]
+        ways = self._fixed.answer(released[others], labels[others])
         pulled[others] = ways * (self.SHARE * _length(pulled) / _length(ways))
         return pulled
 
@@ -135,13 +145,12 @@ class FewFramesServer:
     SHARE = 1e-3
 
     def __init__(self, hijacking: HijackingServer, network: NetworkSettings) -> None:
-        self._hijacking = hijacking
-        self._ways = torch.randn(network.classes, *network.release_shape)
+        self._hijacking, self._fixed = hijacking, FixedWays(network)
 
     def answer(self, released: Tensor, labels: Tensor) -> Tensor:
         """Gradient at the cut."""
         pulled = self._hijacking.answer(released, labels)
-        ways = self._ways[labels]
+        ways = self._fixed.answer(released, labels)
         sent = ways * (self.SHARE * _length(pulled) / _length(ways))
         for label in labels.unique():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             rows = (labels == label).nonzero().flatten()
@@ -179,6 +188,7 @@ class TrainingClient:
         return alarm
 
 
+Evasion = Literal["blended", "fixed_ways", "by_one_class", "by_few_frames"]
 Hijacker = HijackingServer | TurningServer | BlendingServer | OneClassServer | FewFramesServer
 
 
@@ -212,9 +222,7 @@ def simulate(
     *,
     hijack: HijackSettings | None = None,
     turns_at: int = 0,
-    blended: bool = False,
-    by_one_class: bool = False,
-    by_few_frames: bool = False,
+    evasion: Evasion | None = None,
     guard: GuardSettings | None = None,
     every: int = 20,
 ) -> Course:
@@ -230,21 +238,16 @@ def simulate(
         Network, batch, rate and seed of the client; `epochs` counts for nothing.
     turns_at : int
         Batches for which the hijacking server serves the task first.
-    blended : bool
-        Whether the hijacking server goes on serving the task meanwhile.
-    by_one_class : bool
-        Whether the hijacking server pulls the frames of one class alone its own way.
-    by_few_frames : bool
-        Whether it pulls one frame of each class alone its own way.
+    evasion : Evasion, optional
+        How the hijacking server hides from the guard: it goes on serving the task meanwhile, it adds a fixed way of
+        each class as long, or it pulls the frames of one class alone, or one frame of each class alone, its own way.
     every : int
         Steps between two points of the curve.
     """
     with reproducible(settings.seed):
         network = SplitNetwork(settings.split).train()
         client = TrainingClient(network, settings, steps)
-        server = _server(
-            network, dataset, settings, steps, hijack, turns_at, blended, by_one_class, by_few_frames
-        )
+        server = _server(network, dataset, settings, steps, hijack, turns_at, evasion)
         watch, course = GradientGuard(guard), Course()
         images, labels = frames_of(dataset.train), torch.from_numpy(dataset.train.labels)
         order = torch.randperm(len(labels))
@@ -267,19 +270,19 @@ def _server(
     steps: int,
     hijack: HijackSettings | None,
     turns_at: int,
-    blended: bool,
-    by_one_class: bool,
-    by_few_frames: bool,
+    evasion: Evasion | None,
 ) -> HonestServer | Hijacker:
     if hijack is None:
         return HonestServer(network, settings, steps)
     shadow = to_unit(frames_of(dataset.validation))
     server = HijackingServer(settings.split, shadow, torch.from_numpy(dataset.validation.labels), hijack)
-    if blended:
+    if evasion == "fixed_ways":
+        return BlendingServer(FixedWays(settings.split.network), server)
+    if evasion == "blended":
         return BlendingServer(HonestServer(network, settings, steps), server)
-    if by_one_class:
+    if evasion == "by_one_class":
         return OneClassServer(server, settings.split.network)
-    if by_few_frames:
+    if evasion == "by_few_frames":
         return FewFramesServer(server, settings.split.network)
     return TurningServer(HonestServer(network, settings, steps), server, turns_at) if turns_at else server
 
@@ -310,7 +313,8 @@ def run_trial(
     The figures of the published attack stand at the top, those of the attacker whose critic is told the labels
     under `conditional`, those of both when they serve the task for `turns_at` batches first under `turning`, those of
     the one that is told the labels and serves the task all the while under `blended`, and those of the published attack
-    by the frames of one class under `by_one_class`, and by one frame of each class under `by_few_frames`.
+    with a fixed way of each class besides under `fixed_ways`, by the frames of one class under `by_one_class`, and by
+    one frame of each class under `by_few_frames`.
 
     Parameters
     ----------
@@ -337,9 +341,10 @@ def run_trial(
         "profile": profile,
         **both(0),
         "turning": {"turns_at": turns_at, **both(turns_at)},
-        "blended": hijacked(True, blended=True),
-        "by_one_class": hijacked(False, by_one_class=True),
-        "by_few_frames": hijacked(False, by_few_frames=True),
+        "blended": hijacked(True, evasion="blended"),
+        "fixed_ways": hijacked(False, evasion="fixed_ways"),
+        "by_one_class": hijacked(False, evasion="by_one_class"),
+        "by_few_frames": hijacked(False, evasion="by_few_frames"),
         "floor_ssim": floor,
         "honest_trainings": len(honest),
         "false_alarms": sum(course.alarm_step is not None for course in honest),

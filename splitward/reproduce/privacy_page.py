@@ -62,7 +62,8 @@ CONTRASTED = {
     "label": "the device sends its own label",
     "scores": "the device sends its own scores",
 }
-_BY_SOME = {
+_EVASIONS = {
+    "fixed_ways": "as published, and a fixed way of each class besides",
     "by_one_class": "by the frames of one class",
     "by_few_frames": "by one frame of each class in a batch",
 }
@@ -300,7 +301,7 @@ def _attackers(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         (f"as published{turns}", later),
         (f"critic told the labels{turns}", later["conditional"]),
         ("critic told the labels, serves the task as well", row["blended"]),
-        *[(told, row[name]) for name, told in _BY_SOME.items() if name in row],
+        *[(told, row[name]) for name, told in _EVASIONS.items() if name in row],
     ]
 
 

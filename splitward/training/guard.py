@@ -21,12 +21,12 @@ unguarded one.
 
 What it cannot see: a server whose gradients depend on the labels as the task's do, such as one that answers with
 the task's own gradient while it is watched. One that adds the task's gradient to its own is seen late, and where the
-client half is undefended too late (`splitward.audit.hijack_trial`); a fixed way of each class, as long as its own
-pull, hides that as well. One that hijacks by the frames of a single class,
-and pulls each other class a fixed way, is not seen at all, and reads an undefended client half; against `sealed` it
-gains nothing (`by_one_class` in docs/results/hijack*.json). No threshold on lengths would tell it from an honest
-server: the others' gradients need not be under a tenth of that one's, and in honest trainings two classes come to
-differ by more, as one is learned before the other. Where a site has one class alone, there is nothing to compare.
+client half is undefended too late (`splitward.audit.hijack_trial`); a fixed way of each class, as long as its own,
+hides it as well. One that hijacks by the frames of a single class, and pulls each other class a fixed way, is not seen
+at all, and reads an undefended client half; against `sealed` it gains nothing (`by_one_class` in
+docs/results/hijack*.json). No threshold on lengths would tell it from an honest server: the others' gradients need not
+be under a tenth of that one's, and in honest trainings two classes come to differ by more, as one is learned before
+the other. Where a site has one class alone, there is nothing to compare.
 
 numpy only: a device has no torch.
 """

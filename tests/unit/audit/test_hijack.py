@@ -171,3 +171,4 @@ def test_the_trial_is_plain_values_and_the_guard_tells_the_two_servers_apart(dat
     assert 9 < found["turning"]["step_at_detection"][0] <= 24
     assert found["blended"].keys() == found["conditional"].keys()
     assert found["by_few_frames"]["step_at_detection"] == [8]
+    assert found["fixed_ways"]["step_at_detection"] == [None], "the guard's limit, as docs/method.md tells it"
