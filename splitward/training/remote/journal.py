@@ -90,6 +90,8 @@ class Journal:
         """Replace snapshot and messages by the snapshot after `number` steps, as a whole or not at all."""
         path = self._path(number)
         partial = path.with_name("partial")
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600)  # it holds the secret that keys the noise
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -845,6 +845,16 @@ def test_a_journal_has_one_writer(dataset, tmp_path):
     open_client(dataset, settings, tmp_path / "client").close()
 
 
+def test_nobody_else_reads_a_journal(tmp_path):
+    """Its snapshots hold the secret that keys the noise, its log the answers."""
+    journal = Journal(tmp_path / "journal")
+    journal.save(1, {"weights": torch.ones(1)})
+    journal.append(b"answer")
+    files = [path for path in (tmp_path / "journal").iterdir() if path.stat().st_size]
+    assert {path.name.split("-")[0] for path in files} == {"snapshot", "log"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
 def test_a_damaged_snapshot_is_an_error(tmp_path):
     journal = Journal(tmp_path)
     journal.save(7, {"weights": torch.zeros(8)})
