@@ -247,6 +247,15 @@ def test_only_stored_or_deflated_files(method: int, tmp_path: Path) -> None:
     assert refusal(pack(tmp_path / "packed", WHOLE, method)) == "unreadable"
 
 
+def measured_refusal(path: Path) -> tuple[str, int]:
+    """Why a bundle is refused, and the most bytes that this took."""
+    tracemalloc.start()
+    try:
+        return refusal(path), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", [MANIFEST, "client.onnx"])
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_a_bomb_is_not_unpacked_beyond_what_it_declares(name: str, method: int, tmp_path: Path) -> None:
@@ -257,12 +266,7 @@ def test_a_bomb_is_not_unpacked_beyond_what_it_declares(name: str, method: int, 
         lie = archive.getinfo(name)  # the directory, written last, repeats this lie
         lie.file_size = len(dict(WHOLE)[name])
         lie.CRC = zlib.crc32(bomb[: lie.file_size])
-    tracemalloc.start()
-    try:
-        reason = refusal(tmp_path / "bomb")
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    reason, peak_bytes = measured_refusal(tmp_path / "bomb")
     deflated = {MANIFEST: "bad_signature", "client.onnx": "bad_hash"}[name]
     assert reason == (deflated if method == zipfile.ZIP_DEFLATED else "unreadable")
     assert peak_bytes < 4 << 20
@@ -287,12 +291,7 @@ def crowd(entries: int, comment: bytes = b"", *, counted: int = 1, zip64: bool =
 @pytest.mark.parametrize("comment", [b"", b"\0\0", b"c" * 20 + b"\0\0", b"c" * 0xFFFF], ids=len)
 def test_a_large_directory_is_not_read(zip64: bool, counted: int, comment: bytes, tmp_path: Path) -> None:
     (tmp_path / "crowd").write_bytes(crowd(60_000, comment, counted=counted, zip64=zip64))
-    tracemalloc.start()
-    try:
-        reason = refusal(tmp_path / "crowd")
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    reason, peak_bytes = measured_refusal(tmp_path / "crowd")
     assert reason == ("unreadable" if zip64 else "extra_file")
     assert peak_bytes < 1 << 20
 
