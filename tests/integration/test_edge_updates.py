@@ -414,7 +414,7 @@ def test_orders_that_are_not_the_clouds_or_come_again_are_not_followed(
         unusable = cloud.outcome_of(command(cloud, web, 11, "configure", **{"runtime.threads": 2}))
         gone.rename(tiny_bundle.path)
         assert (unusable.state, unusable.reason) == ("refused", "bad_setting")
-        assert "is not a whole bundle" in unusable.message
+        assert "is not there" in unusable.message
         assert not (Path(config.device.state_dir) / "remote.json").exists()
         old = cloud.outcome_of(command(cloud, web, 9, "restart"))
         assert (old.state, old.reason) == ("refused", "old_order")
