@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup ## the whole product, small, on real images; results in demo/
 	$(BIN)/splitward demo $(DEMO)
 
-test: setup tools emulators check ## everything, the emulated device last; a skip says what is missing
-	$(BIN)/python -m pytest $(PYTEST)
+test: setup tools emulators check ## everything, the emulated device first; a skip says what is missing
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST)
 
 test-arm64: setup tools emulators ## the device under emulation alone: programs, container, whole machines
 	$(BIN)/python -m pytest tests/arm64 $(PYTEST)

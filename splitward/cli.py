@@ -21,7 +21,7 @@ from splitward.wire.names import NAME
 
 DEFAULT_KEY = Path("~/.config/splitward/signing.key")
 DEFAULT_BROKER = "127.0.0.1:1883"
-OVER = ("training", "site", "device", "peer", "no_guard", "broker", "ca", "cert", "key")
+OVER = ("training", "site", "device", "peer", "no_guard", "labels", "broker", "ca", "cert", "key")
 """Options of `train` that mean nothing without `--over`."""
 
 
@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--no-guard", action="store_true", help="with --over: do not watch for a hijacking cloud"
+    )
+    train.add_argument(
+        "--labels", choices=("client",), help="with --over: take no part unless the labels stay here"
     )
     _add_broker_options(train)
     train.set_defaults(run=_train)
@@ -185,7 +188,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "psgl-published, label, scores",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder; the same command again goes on")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="(default: 10); with --over the most that this site agrees to"
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--shift", type=int, default=0, help="move training frames at random by so many pixels")
@@ -287,6 +292,7 @@ def _train(arguments: argparse.Namespace) -> int:
         who = Membership(
             *(site, arguments.device, arguments.training, frozenset(arguments.peer)),
             guarded=not arguments.no_guard,
+            keep_labels=arguments.labels == "client",
             broker=_broker_of(arguments),
         )
         dataset, settings = _settings_of(arguments)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +22,8 @@ from splitward.wire.bundle import InputSpec, Manifest, create_signing_key, publi
 from splitward.wire.release import ReleaseLaw
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has the other core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 KINDS = ("onnx", "tflite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,8 +39,22 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The emulated device last: it takes the longest, and what it is made of is tested by then."""
-    items.sort(key=lambda item: "arm64" in Path(item.path).parts)
+    """The emulated device first, the whole product next: of two workers none waits long for the other at the end."""
+    rooms = ("arm64", "integration")
+    items.sort(key=lambda item: [room not in Path(item.path).parts for room in rooms])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay with one worker, and so do those of the emulated device, for what they make once for all."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return "arm64" if path.startswith("tests/arm64/") else path
+
+    return ByRoom(config, log)
 
 
 @pytest.fixture

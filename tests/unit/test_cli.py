@@ -164,7 +164,14 @@ def test_a_connection_is_never_plain_because_something_was_left_out(tmp_path, ca
 
 @pytest.mark.parametrize(
     "given",
-    [("--training", "00" * 16), ("--device", "d"), ("--peer", "p"), ("--broker", "b:1"), ("--no-guard",)],
+    [
+        ("--training", "00" * 16),
+        ("--device", "d"),
+        ("--peer", "p"),
+        ("--broker", "b:1"),
+        ("--no-guard",),
+        ("--labels", "client"),
+    ],
 )
 def test_nobody_trains_alone_who_forgot_over(tmp_path, capsys, given):
     arguments = ["train", "--data", "phantom", "--size", "28", "--out", str(tmp_path / "run"), *given]

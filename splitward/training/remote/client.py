@@ -52,6 +52,10 @@ class Client:
         When the guard against a hijacking cloud gives the alarm; None switches it off.
     peers : frozenset of str, optional
         Fingerprints of the keys to which client halves may be sealed; any by default.
+    most_epochs : int, optional
+        A plan with more, each of which shows the cloud every frame, is refused.
+    keep_labels : bool
+        A plan by which the cloud has the labels is refused.
     repeatable : bool
         Draw noise from the plan's seed, as a training on one machine does, and not from a secret: for tests. The cloud
         knows that seed and could take the noise away.
@@ -75,6 +79,8 @@ class Client:
         folder: Path | None = None,
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008  # frozen
         peers: frozenset[str] | None = None,
+        most_epochs: int | None = None,
+        keep_labels: bool = False,
         repeatable: bool = False,
         every: int = SNAPSHOT_EVERY,
     ) -> None:
@@ -91,6 +97,8 @@ class Client:
             folder=folder,
             guard=None if guard is None else GradientGuard(guard),
             peers=peers,
+            most_epochs=most_epochs,
+            keep_labels=keep_labels,
             repeatable=repeatable,
         )
         self._running = self.course.requests()

@@ -82,7 +82,7 @@ class Course:
 
     Parameters
     ----------
-    device, training, train, agreed, validation, folder, guard, peers, repeatable
+    device, training, train, agreed, validation, folder, guard, peers, most_epochs, keep_labels, repeatable
         As `Client` takes them; `agreed` is its `split`.
     key : X25519PrivateKey
         The site's own.
@@ -103,10 +103,13 @@ class Course:
         folder: Path | None = None,
         guard: GradientGuard | None = None,
         peers: frozenset[str] | None = None,
+        most_epochs: int | None = None,
+        keep_labels: bool = False,
         repeatable: bool = False,
     ) -> None:
         self.device, self.training, self.agreed = device, training, agreed
         self._split, self._validation, self._folder, self._guard = train, validation, folder, guard
+        self._most_epochs, self._keep_labels = most_epochs, keep_labels
         self._key, self._peers, self._repeatable, self._between_steps = key, peers, repeatable, between_steps
         self.place = Place(secrets.token_bytes(SECRET_BYTES), keys={}, frames={}, metrics=[])
         self.plan: Plan | None = None
@@ -145,8 +148,10 @@ class Course:
             ) from error
         if place.plan is None:
             return
-        self._check_peers()  # which may have been given since
-        self._begin(Plan.from_dict(place.plan))
+        plan = Plan.from_dict(place.plan)
+        self._check_terms(plan)  # which may be others than when it was agreed to
+        self._check_peers()
+        self._begin(plan)
         trainer = self._active
         restore(trainer, tensors)
         trainer.steps_done, trainer.random_state = place.steps_done, tensors["random_state"]
@@ -354,6 +359,19 @@ class Course:
         plan = Plan.from_dict(told.plan)
         if plan.digest != answer.plan:
             raise TrainingError("the plan's digest is not the one in the message's header.")
+        self._check_terms(plan)
+        self.place.keys, self.place.frames = told.keys, told.frames
+        own = base64.b64encode(self._key.public_key().public_bytes_raw()).decode()
+        if self.place.keys.get(self.device) != own:
+            raise TrainingError(
+                "the cloud tells the others another key than this client's own: trust it no more."
+            )
+        self._check_peers()
+        self.place.plan = told.plan
+        self._begin(plan)
+
+    def _check_terms(self, plan: Plan) -> None:
+        """Refuse a plan that this site does not agree to."""
         if plan.run.split != self.agreed:
             raise TrainingError(
                 "the cloud's plan has another network or defence than this site agrees to: "
@@ -365,15 +383,16 @@ class Course:
                 "the plan has noise on gradients: the guard takes it for a hijacking in the end. "
                 "Take part without the guard (--no-guard) if you trust the cloud, or have the training made without."
             )
-        self.place.keys, self.place.frames = told.keys, told.frames
-        own = base64.b64encode(self._key.public_key().public_bytes_raw()).decode()
-        if self.place.keys.get(self.device) != own:
+        if self._most_epochs is not None and plan.run.epochs > self._most_epochs:
             raise TrainingError(
-                "the cloud tells the others another key than this client's own: trust it no more."
+                f"the plan has {plan.run.epochs} epochs, each of which shows the cloud every frame, and this site "
+                f"agrees to {self._most_epochs}. Give --epochs {plan.run.epochs} to agree, or refuse to take part."
             )
-        self._check_peers()
-        self.place.plan = told.plan
-        self._begin(plan)
+        if self._keep_labels and plan.labels == "cloud":
+            raise TrainingError(
+                "by the plan the cloud has the labels, and this site keeps its own. Have the training made with "
+                "labels at the client, or take part without --labels client."
+            )
 
     def _check_peers(self) -> None:
         prints = {name: fingerprint(base64.b64decode(key)) for name, key in self.place.keys.items()}

@@ -31,7 +31,8 @@ ANSWERING_S = 15.0
 class Membership:
     """Who a site is in which training.
 
-    `peers` are the fingerprints of the others' keys, if they are to be checked; `guarded`: stop at a hijacking cloud.
+    `peers` are the fingerprints of the others' keys, if they are to be checked; `guarded`: stop at a hijacking cloud;
+    `keep_labels`: take no part where the cloud has the labels.
     """
 
     site: str
@@ -39,6 +40,7 @@ class Membership:
     training: bytes
     peers: frozenset[str] = frozenset()
     guarded: bool = True
+    keep_labels: bool = False
     broker: Broker = field(default_factory=Broker)
 
 
@@ -55,7 +57,7 @@ def train_at_site(
     Parameters
     ----------
     own : RunSettings
-        What this site calls its data; the schedule is the plan's.
+        What this site calls its data, and the most epochs that it agrees to; the schedule is the plan's.
     split : SplitSettings
         Network and defence that this site agrees to.
     folder : Path
@@ -76,6 +78,8 @@ def train_at_site(
         folder=folder / "remote",
         guard=GuardSettings() if member.guarded else None,
         peers=member.peers or None,
+        most_epochs=own.epochs,
+        keep_labels=member.keep_labels,
     )
     try:
         if (folder / "run.json").exists():

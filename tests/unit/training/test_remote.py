@@ -157,13 +157,35 @@ def test_another_trainings_message_and_a_lost_folder_are_refused(dataset, tmp_pa
     assert client.take(reply)
 
 
-def test_a_site_takes_part_only_in_what_it_agreed_to(dataset):
-    settings = settings_for(dataset, "sealed")
-    server = Server(Plan(settings), TRAINING)
-    client = Client("site-0", TRAINING, dataset.train, split_settings(dataset, "none"), guard=None)
+@pytest.mark.parametrize(
+    ("profile", "terms", "said"),
+    [
+        ("none", {}, "another network or defence"),
+        ("sealed", {"most_epochs": 1}, "2 epochs, .*agrees to 1. Give --epochs 2"),
+        ("sealed", {"keep_labels": True}, "the cloud has the labels"),
+    ],
+)
+def test_a_site_takes_part_only_in_what_it_agreed_to(dataset, profile, terms, said):
+    server = Server(Plan(settings_for(dataset, "sealed")), TRAINING)
+    agreed = split_settings(dataset, profile)
+    client = Client("site-0", TRAINING, dataset.train, agreed, guard=None, **terms)
     ((_, reply),) = server.handle(client.device, client.request or b"")
-    with pytest.raises(TrainingError, match="another network or defence"):
+    with pytest.raises(TrainingError, match=said):
         client.take(reply)
+
+
+def test_a_site_that_agrees_to_less_later_goes_on_with_no_more(dataset, tmp_path):
+    settings = settings_for(dataset, "sealed")
+    server = Server(Plan(settings, labels="client"), TRAINING)
+    terms = {"most_epochs": settings.epochs, "keep_labels": True}
+    client = open_client(dataset, settings, tmp_path, **terms)
+    for _ in range(6):
+        ((_, reply),) = server.handle(client.device, client.request or b"")
+        assert client.take(reply)
+    client.close()
+    with pytest.raises(TrainingError, match="agrees to 1"):
+        open_client(dataset, settings, tmp_path, most_epochs=1)
+    open_client(dataset, settings, tmp_path, **terms).close()
 
 
 UNLABELLED = {
