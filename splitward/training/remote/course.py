@@ -2,7 +2,7 @@
 
 Join; for each round fetch the others' halves and go on with their mean, take steps, seal the own half for the members;
 at the end fetch the server half. What is asked depends on the images, the answers, torch's random state and the secret
-that keys the noise alone.
+that keys noise and order alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from splitward.training.remote.evidence import write_evidence
 from splitward.training.remote.halves import ClientTrainer, end_round, forget_gradients
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store
-from splitward.training.remote.privacy import draw_noise
+from splitward.training.remote.privacy import draw_noise, draw_order
 from splitward.training.remote.server import NO_LABELS
 from splitward.training.remote.session import EVALUATION_BATCH, Join
 from splitward.training.remote.state import average, from_tensor, restore, state_of, to_tensor
@@ -295,8 +296,11 @@ class Course:
         """Accuracy of each stream and of the decision; the labels stay here."""
         network, plan = self._active.network, self._plan
         right = torch.zeros(4, dtype=torch.int64)
+        order = self._order(b"validation", len(split), self._active.steps_done)
+        images, labels = frames_of(split), torch.from_numpy(split.labels)
         for at in range(0, len(split), EVALUATION_BATCH):
-            frames = to_unit(frames_of(split)[at : at + EVALUATION_BATCH])
+            rows = order[at : at + EVALUATION_BATCH]
+            frames = to_unit(images[rows])
             shape = (len(frames), *plan.run.split.network.release_shape)
             noise = self._noise(shape) if self.agreed.defence.sigma else torch.zeros(shape)
             network.eval()
@@ -307,7 +311,7 @@ class Course:
             stored = store(released, "float32" if plan.precision == "float32" else "int8", scale)
             answer = yield {"phase": Phase.EVALUATE, "values": stored.values, "scale": stored.scale}
             chosen = torch.from_numpy(answer.values.reshape(-1).view("<u2").astype(np.int64)).view(-1, 4)
-            right += (chosen == torch.from_numpy(split.labels[at : at + EVALUATION_BATCH])[:, None]).sum(0)
+            right += (chosen == labels[rows][:, None]).sum(0)
         return dict(
             zip(("attacked", "recovered", "fused", "decision"), (right / len(split)).tolist(), strict=True)
         )
@@ -406,7 +410,8 @@ class Course:
         """Make the own half; torch's random state, which shifts the frames, is the site's own from here on."""
         with reproducible(plan.run.seed):
             kept = plan.labels == "client"
-            self.trainer = ClientTrainer(plan.run, self._split, tails=kept, pooled=plan.pooled)
+            order = None if self._repeatable else partial(self._order, b"training", len(self._split))
+            self.trainer = ClientTrainer(plan.run, self._split, tails=kept, pooled=plan.pooled, order=order)
             if not self._repeatable:
                 seed = blake2b(b"torch", key=self.place.secret, digest_size=4).digest()
                 torch.manual_seed(int.from_bytes(seed, "little"))
@@ -424,6 +429,10 @@ class Course:
     def _noise(self, shape: Sequence[int]) -> Tensor:
         """Noise of the request that is next: its number is no other's, so neither is its noise."""
         return draw_noise(self.place.secret, (self.place.sequence + 1).to_bytes(8, "little"), shape)
+
+    def _order(self, about: bytes, count: int, epoch: int) -> Tensor:
+        """Frames of an epoch in an order that tells nobody which of them were shown before, and when."""
+        return draw_order(self.place.secret, about + epoch.to_bytes(8, "little"), count)
 
     def _about(self, round_: int, name: str) -> bytes:
         return self.training + round_.to_bytes(4, "little") + name.encode()

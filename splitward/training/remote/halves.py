@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -177,6 +178,8 @@ class ClientTrainer:
         Whether the last layers live here, and the labels stay.
     pooled : bool
         Whether a round is one step.
+    order : callable, optional
+        Which frames come when in an epoch, a permutation; by default the loop's own, which the plan's seed tells.
 
     Attributes
     ----------
@@ -185,8 +188,15 @@ class ClientTrainer:
     """
 
     def __init__(
-        self, settings: RunSettings, split: Split, *, tails: bool = False, pooled: bool = False
+        self,
+        settings: RunSettings,
+        split: Split,
+        *,
+        tails: bool = False,
+        pooled: bool = False,
+        order: Callable[[int], Tensor] | None = None,
     ) -> None:
+        self._order = lru_cache(1)(self._public_order if order is None else order)  # of the epoch under way
         self._settings, self.pooled, self.seen = settings, pooled, 0
         self.network = SplitNetwork(settings.split).train()
         server = self.network.server
@@ -294,13 +304,15 @@ class ClientTrainer:
                 self.optimisers[name].step()
 
     def _prepare(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames, attacked frames and labels of a step, in the loop's order."""
+        """Frames, attacked frames and labels of a step."""
         epoch, index = divmod(step, self.schedule.per_epoch)
-        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._labels), generator=generator)
-        rows = order[index * self._settings.batch : (index + 1) * self._settings.batch]
+        rows = self._order(epoch)[index * self._settings.batch : (index + 1) * self._settings.batch]
         frames = shifted(to_unit(self._images[rows]), self._settings.shift)
         return frames, self.network.attack(frames), self._labels[rows]
+
+    def _public_order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self._labels), generator=generator)
 
 
 def end_round(side: Trained) -> int:

@@ -25,6 +25,11 @@ def draw_noise(secret: bytes, about: bytes, shape: Sequence[int]) -> Tensor:
     return torch.tensor(normals(blake2b(about, key=secret).digest(), math.prod(shape))).view(*shape)
 
 
+def draw_order(secret: bytes, about: bytes, count: int) -> Tensor:
+    """A permutation of `count` that only the holder of `secret` can predict: the same for the same `about` alone."""
+    return draw_noise(secret, about, (count,)).argsort(stable=True)
+
+
 def clip_rows(gradient: Tensor, clip: float) -> Tensor:
     """Gradient of a batch's mean loss, [B, ...], with each frame's own norm at most `clip`; not below it."""
     norms = gradient.flatten(1).norm(dim=1) * len(gradient)

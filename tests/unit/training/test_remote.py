@@ -35,7 +35,7 @@ from splitward.training.remote.halves import ClientTrainer, ServerTrainer, end_r
 from splitward.training.remote.journal import Journal, count_messages
 from splitward.training.remote.plan import Plan
 from splitward.training.remote.precision import Feedback, Stored, store, store_rows
-from splitward.training.remote.privacy import add_noise, clip_rows, draw_noise
+from splitward.training.remote.privacy import add_noise, clip_rows, draw_noise, draw_order
 from splitward.training.remote.server import Server
 from splitward.training.remote.site import coordinate
 from splitward.training.remote.state import state_of, to_tensor
@@ -364,7 +364,7 @@ def shown(
     return found
 
 
-def test_the_noise_of_a_training_hangs_on_every_bit_of_the_secret(dataset, tmp_path):
+def test_the_noise_of_a_training_hangs_on_every_bit_of_the_secret(dataset, tmp_path, monkeypatch):
     """torch's generator takes 32 bits of a seed: whoever tries them all had taken the noise of a training away."""
     settings = replace(settings_for(dataset, "sealed"), batch=16, shift=0)
     steps = len(dataset.train) // 16 + (len(dataset.train) % 16 > 1)
@@ -372,11 +372,44 @@ def test_the_noise_of_a_training_hangs_on_every_bit_of_the_secret(dataset, tmp_p
     plain = shown(dataset, settings, secret, most)
     assert [decode_training(one).phase for one in plain].index(Phase.EVALUATE) == steps
     assert shown(dataset, settings, secret, most, tmp_path / "killed") == plain
-    first = Stored.of(decode_training(plain[0])).real()
+    monkeypatch.setattr("splitward.training.remote.course.draw_order", lambda _, __, count: torch.arange(count))
+    first = Stored.of(decode_training(shown(dataset, settings, secret, 1)[0])).real()
     for bit in (0, 31, 32, 62, 255):
         other = Stored.of(decode_training(shown(dataset, settings, flipped(secret, bit), 1)[0])).real()
         drawn = (other - first) / settings.split.defence.sigma / 2**0.5
         assert abs(float(drawn.std()) - 1) < 5 / (2 * drawn.numel()) ** 0.5
+
+
+def linked(dataset: Dataset, phase: Phase, secret: bytes) -> float:
+    """How many frames of the second epoch lie, of all that nothing hides, nearest what had their place in the first."""
+    settings = replace(settings_for(dataset, "none"), batch=16, shift=0, learning_rate=1e-30)
+    few = Split(dataset.train.images[:160], dataset.train.labels[:160], dataset.train.patients[:160])
+    client = open_client(dataset, settings, train=few, validation=few, repeatable=False)
+    client.course.place.secret = secret
+    server, found = Server(Plan(settings), TRAINING), []
+    while client.request is not None:
+        message = decode_training(client.request)
+        if message.phase is phase:
+            found.append(torch.from_numpy(message.values.copy()).flatten(1))
+        for _, reply in server.handle(client.device, client.request):
+            client.take(reply)
+    client.close()
+    first, second = torch.cat(found).chunk(2)
+    assert len(first) == len(few)
+    nearest = torch.cdist(second, first).argmin(1)
+    return float((nearest == torch.arange(len(few))).float().mean())
+
+
+@pytest.mark.parametrize("phase", [Phase.STEP, Phase.EVALUATE])
+def test_frames_come_in_an_order_that_is_the_sites_own(dataset, monkeypatch, phase):
+    """By their places the captures of a frame could be told, and what noise there is averaged away."""
+    secret = bytes(32)
+    assert linked(dataset, phase, secret) < 0.1
+    orders = [draw_order(one, b"about", 160).tolist() for one in (secret, secret, flipped(secret, 255))]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(160))
+    monkeypatch.setattr("splitward.training.remote.course.draw_order", lambda _, __, count: torch.arange(count))
+    assert linked(dataset, phase, secret) > 0.9
 
 
 def test_no_two_messages_of_a_site_share_noise(dataset, monkeypatch):
