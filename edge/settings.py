@@ -31,7 +31,6 @@ REMOTE = frozenset(
         "link.retry_max_s",
         "link.status_s",
         "link.window",
-        "runtime.threads",
         "runtime.deadline_s",
         "spool.drop",
         "spool.max_age_s",
@@ -42,7 +41,8 @@ REMOTE = frozenset(
 """Settings that an order may change."""
 CHOSEN = frozenset({"runtime.backend", "runtime.precision"})
 """Settings that a person at the device may keep beside those, and no order: another variant rounds to other clean
-values, so that the noise of a frame is drawn anew, and whoever could order one after another had the mean of them."""
+values, as another number of threads can, so that the noise of a frame is drawn anew, and whoever could order one after
+another had the mean of them."""
 
 
 def load_settings(path: Path | None, environment: Mapping[str, str] = os.environ) -> EdgeConfig:

@@ -13,7 +13,7 @@ from edge.config import EdgeConfig
 from edge.errors import UpdateError
 from edge.models import ModelStore
 from edge.orders import OrderBook, State, chooses_model
-from edge.settings import change_remotely, with_changes
+from edge.settings import change_remotely
 from splitward.errors import ConfigError, SplitwardError
 from splitward.wire.orders import Announcement, Command, Order
 
@@ -209,15 +209,11 @@ class Updates:
         self._start_job(order.id, run, order.model)
 
     def _configure(self, order: Command) -> None:
-        """Change settings; a runtime that does not run here would be no way back, so it is tried first."""
-        config, bundle = self._config, str(self._models.path())
+        """Change settings, none of which can keep the device from starting."""
 
         def run() -> Done:
             try:
-                changed = with_changes(config, order.arguments)
-                if changed.runtime != config.runtime and (error := _try_runtime(changed, bundle)):
-                    return Done(order.id, "", "bad_setting", error)
-                change_remotely(config, order.arguments)
+                change_remotely(self._config, order.arguments)
             except ConfigError as error:
                 return Done(order.id, "", "bad_setting", str(error))
             return Done(order.id, "", "", "", restart=True)
@@ -245,12 +241,6 @@ class Updates:
                 self._post(Done(order, model, "failed", str(error)))
 
         threading.Thread(target=run, name="job", daemon=True).start()
-
-
-def _try_runtime(config: EdgeConfig, bundle: str) -> str:
-    from edge.probe import probe
-
-    return probe(config, bundle, 1).error
 
 
 def _collect(config: EdgeConfig) -> str:

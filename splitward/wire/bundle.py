@@ -142,7 +142,20 @@ def model_id(manifest_bytes: bytes) -> bytes:
 
 
 def write_bundle(path: Path, manifest: Manifest, files: dict[str, bytes], key: Ed25519PrivateKey) -> bytes:
-    """Write the signed bundle atomically and return its model id. The same inputs give the same bytes."""
+    """Write the signed bundle atomically and return its model id. The same inputs give the same bytes.
+
+    Raises
+    ------
+    BundleError
+        `oversize`: a file is larger than any reader takes. Then nothing is written.
+    """
+    for name, data in files.items():
+        if len(data) > MAX_FILE_BYTES:
+            raise BundleError(
+                "oversize",
+                f"{path}: {name} has {len(data)} bytes, and a device takes {MAX_FILE_BYTES} of a file. Make the client "
+                "half smaller.",
+            )
     entries = {name: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
     text = msgspec.json.encode(msgspec.structs.replace(manifest, files=entries), order="deterministic")
     partial = path.with_name(path.name + ".partial")

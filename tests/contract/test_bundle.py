@@ -321,6 +321,15 @@ def test_a_signed_size_beyond_the_limit(tmp_path: Path) -> None:
     assert refusal(tmp_path / "huge") == "oversize"
 
 
+def test_what_no_reader_takes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = max(FILES, key=lambda name: len(FILES[name]))
+    monkeypatch.setattr("splitward.wire.bundle.MAX_FILE_BYTES", len(FILES[largest]) - 1)
+    with pytest.raises(BundleError, match=f"{largest} has {len(FILES[largest])} bytes") as refused:
+        write_bundle(tmp_path / "large", FILED, FILES, KEY)
+    assert refused.value.reason == "oversize"
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_keys_of_a_manifest_are_for_later_versions(tmp_path: Path) -> None:
     later = WHOLE[0][1].replace(b'{"format":1', b'{"later":[1],"format":1')
     read = read_bundle(pack(tmp_path / "later", [*signed(later), *FILES.items()]), KEY.public_key())
