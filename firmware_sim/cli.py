@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("--rounds", type=int)
     hospitals.add_argument("--batch", type=int)
     hospitals.add_argument("--seed", type=int)
-    hospitals.add_argument("--folder", type=Path, metavar="FOLDER", help="of runs and journals, which stay")
+    hospitals.add_argument("--folder", type=Path, metavar="FOLDER", help="a new one, for runs and journals")
     hospitals.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there as well")
     hospitals.set_defaults(run=_hospitals)
     add_arm64(commands)

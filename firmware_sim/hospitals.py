@@ -135,15 +135,15 @@ def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = 
     Parameters
     ----------
     folder : Path, optional
-        Of runs and journals, which then stay; a temporary one by default.
+        Of runs and journals, which then stay: a new one. A temporary one by default.
 
     Raises
     ------
     ScenarioError
         The scenario holds a blow that no training can be dealt, it was not done `heal_s` after the last one, or one of
-        its processes ended with an explained error.
+        its processes ended with an explained error; or `folder` is not empty.
     TrainingError, DataError
-        There is no such training, or no such data for so many sites; or `folder` holds another training.
+        There is no such training, or no such data for so many sites.
     """
     from splitward.training.remote.site import open_training
 
@@ -151,6 +151,10 @@ def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = 
     if unknown:
         raise ScenarioError(
             f"a training cannot be dealt {', '.join(unknown)}, only {', '.join(sorted(BLOWS))}."
+        )
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise ScenarioError(
+            f"{folder}: is not empty, and a training that lies there would be gone on with. Give a new --folder."
         )
     sites = scenario.devices
     the_plan = _plan_of(training, sites)
