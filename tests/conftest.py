@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from firmware_sim.broker import Broker, find_mosquitto, start_broker
@@ -24,6 +25,8 @@ from splitward.wire.release import ReleaseLaw
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has the other core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("unhurried", deadline=None)  # any example can take long on a busy machine
+settings.load_profile("unhurried")
 KINDS = ("onnx", "tflite")
 REPOSITORY = Path(__file__).resolve().parents[1]
 

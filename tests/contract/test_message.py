@@ -123,7 +123,7 @@ def activations(draw: st.DrawFn) -> Activation:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(activations())
 def test_round_trip(activation: Activation) -> None:
     message = encode(activation)
@@ -133,7 +133,7 @@ def test_round_trip(activation: Activation) -> None:
     assert verdict(message) == "ok"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(activations(), st.data())
 def test_no_damaged_byte_goes_unnoticed(activation: Activation, data: st.DataObject) -> None:
     message = bytearray(encode(activation))

@@ -50,7 +50,7 @@ def test_golden_noise_of_an_odd_count() -> None:
     assert keyed_noise(SECRET, np.array([-127, 0, 127], np.int8), LAW) == pytest.approx(ODD_NOISE, rel=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.binary(min_size=32, max_size=32),
     st.lists(st.integers(-127, 127), min_size=1, max_size=40),
@@ -171,7 +171,7 @@ def test_a_float32_law_releases_the_activation_as_it_is() -> None:
     assert law.scale == 1.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(1e-3, 1e3), st.floats(0, 1e3))
 def test_the_scale_survives_the_wire(bound: float, sigma: float) -> None:
     law = ReleaseLaw((16,), "int8", bound, sigma)
@@ -194,7 +194,7 @@ def test_quantisation_divides_in_float64() -> None:
     assert np.rint(real / np.float32(LAW.grid)) != quantise(real, LAW.grid)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(-127, 127), st.floats(2.0**-60, 2.0**60, width=32), st.integers(-50, 50))
 def test_dequantisation_is_undone_by_quantisation(stored: int, scale: float, zero_point: int) -> None:
     values = np.array([stored], np.int8)

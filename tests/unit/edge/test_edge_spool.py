@@ -173,7 +173,7 @@ def test_a_row_is_never_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["oldest", "newest"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.lists(st.one_of(st.integers(0, 2), st.none()), max_size=60), restart_at=st.integers(0, 60))
 def test_it_publishes_by_priority_and_then_by_age(order: Any, steps: list[int | None], restart_at: int) -> None:
     """Against a list: an integer spools a frame of that priority, None publishes one."""
@@ -411,7 +411,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=STEPS, drop=st.sampled_from(["oldest", "newest"]))
 def test_it_behaves_as_a_bounded_queue(steps: list[tuple[str, int]], drop: Any) -> None:
     """Against a list of (sequence, size): the same frames, the same order, and every frame accounted for."""

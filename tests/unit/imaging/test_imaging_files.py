@@ -230,7 +230,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         read_image(tmp_path)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "PPM"]), st.data())
 def test_mutated_files_give_pixels_or_a_data_error(tmp_path, name, data):
     whole = bytearray(encode(Image.fromarray(COLOUR), name))

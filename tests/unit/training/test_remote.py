@@ -200,7 +200,7 @@ UNLABELLED = {
 
 
 @example(labels="cloud", asked_before=2, hostile=UNLABELLED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=st.sampled_from(["cloud", "client"]),
     asked_before=st.integers(1, 4),
