@@ -180,12 +180,20 @@ class Trainings:
             (self._folder / name).mkdir(exist_ok=True)
             (self._folder / name / "wanted.json").write_text(json.dumps(values), encoding="utf-8")
         with (self._folder / "log").open("wb") as told:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", MODULE, str(self._folder), *wanted),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=told,
-                stderr=told,
+            starting = asyncio.ensure_future(
+                asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", MODULE, str(self._folder), *wanted),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=told,
+                    stderr=told,
+                )
             )
+            try:
+                self._process = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                with contextlib.suppress(OSError):
+                    self._process = await starting  # which nobody else would end
+                raise
         self._started_s = time.monotonic()
         log.info("process %d leads %d trainings", self._process.pid, len(wanted))
 
@@ -201,16 +209,16 @@ class Trainings:
         log.error("the process that leads trainings ended with %d: %s", code, said[-1] if said else "no word")
 
     async def _end_process(self) -> None:
-        process, self._process, self._led = self._process, None, {}
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), END_S)
-        except TimeoutError:
-            process.kill()  # its journal has every step
-            await process.wait()
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), END_S)
+            except TimeoutError:
+                process.kill()  # its journal has every step
+                await process.wait()
+        self._process, self._led = None, {}  # only now: who is cancelled meanwhile ends it in the end
 
     def _progress(self, training: str) -> dict[str, Any]:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,3 +136,25 @@ async def test_a_process_that_ends_is_started_again_and_the_service_ends_it(run_
         assert json.loads(progress.read_text())["rounds"] == 1
     assert last is not None
     assert last.returncode == 0, "the drained service has ended it"
+
+
+@pytest.mark.parametrize("when", ["it starts", "it ends"])
+async def test_a_service_that_ends_leaves_no_process_behind(run_cloud, monkeypatch, when):
+    monkeypatch.setattr(training, "END_S", 0.5)
+    spawn, begun = asyncio.create_subprocess_exec, []
+
+    async def spawn_slowly(*_command: str, **options: Any) -> asyncio.subprocess.Process:
+        begun.append(await spawn("env", "--ignore-signal=TERM", "sleep", "600", **options))
+        await asyncio.sleep(0.3 if when == "it starts" else 0)
+        return begun[-1]
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", spawn_slowly)
+    async with run_cloud() as cloud:
+        name = (await cloud.http.post("/v1/trainings", json=ASKED)).json()["id"]
+        await eventually(lambda: bool(begun))
+        if when == "it ends":
+            await eventually(lambda: cloud.parts.trainings._process is not None)
+            await cloud.http.post(f"/v1/trainings/{name}/stop")
+            await asyncio.sleep(0.2)  # in which it is told to
+            assert begun[0].returncode is None
+    assert [one.returncode for one in begun] == [-9]
