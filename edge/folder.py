@@ -18,6 +18,7 @@ import msgspec
 
 from edge.capture import Capture, Frame, digest_of, printable
 from edge.errors import CaptureError
+from splitward.disk import write_whole
 from splitward.errors import DataError
 from splitward.imaging.inputs import Pixels
 
@@ -128,9 +129,10 @@ class FolderSource:
 
         def fail(reason: str, message: str) -> None:
             failure.update(reason=reason, message=printable(message))
+            self._note(path, modified_ns, failure)
 
         def fail_last(reason: str, message: str) -> None:
-            fail(reason, message)
+            failure.update(reason=reason, message=printable(message))
             settle()
 
         images = self.read(path)
@@ -185,6 +187,19 @@ class FolderSource:
         self._sort(path, modified_ns, {"reason": reason, "message": printable(message)})
         self.capture.lose(reason, digest, name)  # only now: what is known is filed as done at the next start
 
+    def _noted(self, path: Path, modified_ns: int) -> Path:
+        """Where it stands that a frame of a file was lost, until the file is sorted."""
+        return self.path / FAILED / f".{digest_of(self._key(path, modified_ns)):016x}.json"
+
+    def _note(self, path: Path, modified_ns: int, failure: dict[str, str]) -> None:
+        """Keep `failure` on the disk: nobody knows of it after a restart, and the file is the frame's only copy."""
+        if not self.capture.config.sort:
+            return
+        try:
+            write_whole(self._noted(path, modified_ns), msgspec.json.encode(failure))
+        except OSError as error:
+            log.warning("a lost frame is not noted: %s", error.strerror, extra={"file": str(path)})
+
     def _sort(self, path: Path, modified_ns: int, failure: dict[str, str] | None = None) -> None:
         """Move a file to done/, or to failed/ with the reason beside it, or delete it if none is to be kept.
 
@@ -193,6 +208,10 @@ class FolderSource:
         config = self.capture.config
         if not config.sort:
             return
+        noted = self._noted(path, modified_ns)
+        if not failure:
+            with contextlib.suppress(OSError, msgspec.DecodeError):  # mostly there is none
+                failure = msgspec.json.decode(noted.read_bytes(), type=dict[str, str])
         target = self.path / (FAILED if failure else DONE) / path.relative_to(self.path)
         try:
             if path.stat().st_mtime_ns != modified_ns:
@@ -200,6 +219,7 @@ class FolderSource:
             again = target.exists() and self._is_named(path)  # the same bytes lie there
             if again or (config.keep_failed_s if failure else config.keep_done_s) == 0:
                 path.unlink()
+                noted.unlink(missing_ok=True)
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
@@ -207,6 +227,7 @@ class FolderSource:
             if failure:
                 target.with_name(target.name + ".json").write_bytes(msgspec.json.encode(failure))
             path.replace(target)
+            noted.unlink(missing_ok=True)
         except OSError as error:
             log.warning("a file stays where it is: %s", error.strerror, extra={"file": str(path)})
 

@@ -158,6 +158,23 @@ def test_a_file_with_a_frame_that_cannot_be_released_has_failed(tmp_path: Path, 
     assert failure == {"reason": "not_released", "message": "no longer bounded"}
 
 
+@pytest.mark.parametrize("taken", [2, 3], ids=["before the last frame", "before the file is sorted"])
+def test_a_lost_frame_is_not_forgotten_when_the_agent_ends(tmp_path: Path, taken: int) -> None:
+    write_dicom(tmp_path / "a.dcm", np.zeros((3, 8, 8), np.uint8), NumberOfFrames=3)
+    config: Any = {"kind": "dicom", "path": str(tmp_path), "sort": True, "keep_done_s": 0.0}
+    frames = Setting().frames(**config)
+    assert frames[0].fail is not None
+    frames[0].fail("not_released", "no longer bounded")
+    known = frozenset(frame.digest for frame in frames[:taken] if frame.digest is not None)
+    for frame in Setting(known).frames(**config):
+        assert taken == 2
+        assert frame.settle is not None
+        frame.settle()
+    assert sorted(path.name for path in (tmp_path / "failed").iterdir()) == ["a.dcm", "a.dcm.json"]
+    failure = json.loads((tmp_path / "failed" / "a.dcm.json").read_bytes())
+    assert failure == {"reason": "not_released", "message": "no longer bounded"}
+
+
 def test_a_file_that_is_replaced_is_not_sorted_for_the_one_before(tmp_path: Path) -> None:
     config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
     latest = tmp_path / "latest.png"
