@@ -225,7 +225,10 @@ class FolderSource:
             if target.exists():
                 target = target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}")
             if failure:
-                target.with_name(target.name + ".json").write_bytes(msgspec.json.encode(failure))
+                try:
+                    target.with_name(target.name + ".json").write_bytes(msgspec.json.encode(failure))
+                except OSError as error:  # a full disk: what stayed would be filed as done at the next start
+                    log.warning("a reason is not written: %s", error.strerror, extra={"file": str(target)})
             path.replace(target)
             noted.unlink(missing_ok=True)
         except OSError as error:

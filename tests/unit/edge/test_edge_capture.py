@@ -175,6 +175,14 @@ def test_a_lost_frame_is_not_forgotten_when_the_agent_ends(tmp_path: Path, taken
     assert failure == {"reason": "not_released", "message": "no longer bounded"}
 
 
+def test_a_file_fails_even_where_its_reason_cannot_be_written(tmp_path: Path) -> None:
+    """As on a full disk: what stayed in its place would be filed as done at the next start."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "failed" / "bad.png.json").mkdir(parents=True)
+    assert Setting().frames(kind="folder", path=str(tmp_path), sort=True) == []
+    assert (tmp_path / "failed" / "bad.png").read_bytes() == b"no image"
+
+
 def test_a_file_that_is_replaced_is_not_sorted_for_the_one_before(tmp_path: Path) -> None:
     config: Any = {"kind": "folder", "path": str(tmp_path), "sort": True}
     latest = tmp_path / "latest.png"
