@@ -141,7 +141,7 @@ def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = 
     ------
     ScenarioError
         The scenario holds a blow that no training can be dealt, it was not done `heal_s` after the last one, or one of
-        its processes ended with an explained error; or `folder` is not empty.
+        its processes ended with an explained error; or `folder` holds a training.
     TrainingError, DataError
         There is no such training, or no such data for so many sites.
     """
@@ -152,10 +152,8 @@ def run_hospitals(scenario: Scenario, training: Training, folder: Path | None = 
         raise ScenarioError(
             f"a training cannot be dealt {', '.join(unknown)}, only {', '.join(sorted(BLOWS))}."
         )
-    if folder is not None and folder.exists() and any(folder.iterdir()):
-        raise ScenarioError(
-            f"{folder}: is not empty, and a training that lies there would be gone on with. Give a new --folder."
-        )
+    if folder is not None and (folder / "cloud").exists():
+        raise ScenarioError(f"{folder}: holds a training, which would be gone on with. Give a new --folder.")
     sites = scenario.devices
     the_plan = _plan_of(training, sites)
     _parts(training, sites)  # which a site could refuse only in a process of its own

@@ -71,7 +71,7 @@ def test_a_training_that_cannot_be_is_refused_before_anything_starts(refused, mo
 def test_hospitals_in_the_folder_of_an_earlier_training_are_refused(refused):
     pytest.importorskip("torch", reason="torch is not installed: pip install 'splitward[train]'")
     Path("there/cloud").mkdir(parents=True)
-    assert "there: is not empty" in refused("hospitals", "--sites", "2", "--folder", "there")
+    assert "there: holds a training" in refused("hospitals", "--sites", "2", "--folder", "there")
 
 
 def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys):
